@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The contracts between the layers, and the value types that cross them. Read this page first.
+
+Symbols used in every file of the package:
+
+* ``z`` in R^D — the *latent*: all continuous latent sites of a model, unconstrained, packed into one vector.
+* ``log p̃(z) = log p(z) + log Z`` — the *density*: unnormalised, in nats. ``Z`` is the *evidence*.
+* ``∇ log p̃(z)`` — its *score*, shape ``(B, D)`` for a batch of B latents.
+* ``q`` — the *guide*; a draw from it is a path ``x_K → … → x_0 = z`` of a diffusion.
+* ``log w = log p̃(z) − log q`` — the *log weight*: with the path's own density in the place of ``q``,
+  ``E[w] = Z`` still holds exactly.
+
+Objectives and guides never import each other. An objective asks for a capability (a protocol below);
+:func:`require` turns a mismatch into one error that names objective, guide and the missing capability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class PyroSMWarning(UserWarning):
+    """Every warning of this package; filter on it to see (or silence) ours alone."""
+
+
+class ModelRefusedError(ValueError):
+    """The model cannot be turned into a batched density; the message names the site and the reason."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or belongs to another model; the message says which."""
+
+
+@dataclass
+class Evaluations:
+    """How many latents were pushed through the user's model.
+
+    ``density`` counts values of ``log p̃``; ``gradient`` counts scores (each score also counts as one density).
+    """
+
+    density: int = 0
+    gradient: int = 0
+
+
+@runtime_checkable
+class Density(Protocol):
+    """An unnormalised log density on R^D, evaluated in batches."""
+
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+    evaluations: Evaluations
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """``log p̃`` in nats. ``z``: (B, D); returns (B,). Points outside the support are ``-inf``, never NaN."""
+        ...
+
+    def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``log p̃`` (B,) and its gradient (B, D), both detached. Works under ``torch.no_grad()``."""
+        ...
+
+
+class Draws(NamedTuple):
+    """Latents with all that is known about them.
+
+    ``z``: (N, D). ``log_p``: (N,) ``log p̃(z)`` in nats. ``log_weight``: (N,) with ``E[exp log_weight] = Z``.
+    """
+
+    z: Tensor
+    log_p: Tensor
+    log_weight: Tensor
+
+    @property
+    def log_q(self) -> Tensor:
+        """``log p̃ − log w`` (N,): the guide's log density, or its unbiased path estimate."""
+        return self.log_p - self.log_weight
+
+
+class RoundInfo(NamedTuple):
+    """What a diagnostic needs to know about one round of training (one batch of fresh draws)."""
+
+    round: int
+    gamma: float
+    """Damping exponent in (0, 1]: the guide was taught ``w^gamma``. 1 means the target itself."""
+    ess: float
+    """Effective sample size of the undamped weights, as a share of the draws, in (0, 1]."""
+    khat: float
+    """Pareto shape of the undamped weights; below 0.7 the weights can be trusted."""
+    log_evidence: float
+    """Estimate of ``log Z`` from this round's draws alone, in nats."""
+    log_evidence_se: float
+    """Its standard error, in nats."""
+    loss: float
+    """Mean training loss of the steps since the previous round (NaN in the first)."""
+    density_evaluations: int
+    gradient_evaluations: int
+    seconds: float
+    """Seconds of training so far, over all sessions of a resumed run."""
+
+
+class DiffusionProcess(Protocol):
+    """A diffusion sampler as an objective sees it: latents in, latents out, in nats; D is ``dim``."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def log_scale(self) -> Tensor:
+        """``log|det|`` of the map from whitened space to latents, ()."""
+        ...
+
+    @property
+    def ratios(self) -> Tensor:
+        """Noise-to-signal ratios ``0 = r_0 < … < r_K`` of the kernels, (K+1,)."""
+        ...
+
+    def draw(self, num_draws: int) -> tuple[Tensor, Tensor]:
+        """Draws ``z`` (N, D) and path log ratios ``R`` (N,) with ``E[exp(log p̃(z) + R)] = Z``."""
+        ...
+
+    def path_log_ratio(self, z: Tensor) -> Tensor:
+        """``R`` (N,) of a forward-noised path from each given latent (N, D)."""
+        ...
+
+    def to_white(self, z: Tensor) -> Tensor:
+        """Latents (B, D) in the whitened space of the base."""
+        ...
+
+    def to_latent(self, u: Tensor) -> Tensor:
+        """Whitened points (B, D) as latents."""
+        ...
+
+    def white_score(self, score: Tensor) -> Tensor:
+        """A score in latent space (B, D) as the score in whitened space."""
+        ...
+
+    def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Error and log variance, both (B, D), of the denoiser at noised whitened points; see ``denoiser.py``."""
+        ...
+
+
+@runtime_checkable
+class DiffusionGuide(Protocol):
+    """A guide that is a diffusion sampler with a denoiser to train, such as AutoDiffusion."""
+
+    def setup(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Inspect the model and create the parameters, if that has not happened yet."""
+        ...
+
+    def density(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Density:
+        """The model's batched density on this data, cached while model and data stay the same."""
+        ...
+
+    def diffusion(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DiffusionProcess:
+        """The sampler with the current parameters, which it fetches from Pyro once."""
+        ...
+
+    def refit(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refit what is fitted by moments (kernel variances, start) to equally weighted latents (N, D)."""
+        ...
+
+
+def require(objective: object, guide: object, capability: Any) -> Any:
+    """Return ``guide`` if it has the ``capability`` (a protocol above), or raise the one error for a mismatch.
+
+    Raises:
+        TypeError: ``guide`` lacks the capability; the message names objective, guide and what is missing.
+    """
+    if isinstance(guide, capability):
+        return guide
+    wanted = [name for name in dir(capability) if not name.startswith("_") and not hasattr(guide, name)]
+    raise TypeError(
+        f"{type(objective).__name__} cannot train {type(guide).__name__}: it needs the capability "
+        f"{capability.__name__} (missing: {', '.join(wanted)}). {(capability.__doc__ or '').splitlines()[0]}"
+    )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The denoiser: a network made into mean and variance of the clean point, exact for a Gaussian before training.
+
+In whitened space the base is ``N(0, I)`` and ``y = u + r ε``. With ``v = 1 + r²`` and a network that returns two
+vectors ``F, h = network(y/√v, ¼ log r)``,
+
+    mean      ``D(y, r) = y/v + (r/√v) F``  estimates ``E[u | y]``,
+    variance  ``V(y, r) = (r²/v) exp(h)``   estimates ``Var[u | y]``, one latent at a time.
+
+While the network returns zero these *are* the posterior moments under ``u ~ N(0, I)``: the untrained sampler draws
+from its base exactly, and learns only what is missing. The score of the noised density is
+``∇ log p_r(y) = (D(y, r) − y)/r²``.
+
+Training regresses ``F`` on ``F* = (u − y/v) √v/r``, which has unit size under the base at every ``r``, and ``h`` on
+the squared residual ``e² = (F − F*)²`` by the Gaussian likelihood ``½(h + e² exp(−h))``. A variance that depends on
+``y`` nearly doubles the effective sample size of multimodal targets (galaxy mixture: .23–.28 with one fitted
+variance per level, .44 with this one).
+
+Source: "Elucidating the Design Space of Diffusion-Based Generative Models" https://arxiv.org/abs/2206.00364 ;
+"Improved Denoising Diffusion Probabilistic Models" https://arxiv.org/abs/2102.09672 (learned variances).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+# exp(±) of these is far outside what any fitted posterior needs; they keep a bad step from overflowing.
+_LOG_VARIANCE_RANGE = (-14.0, 6.0)
+
+
+class Regression(NamedTuple):
+    """Residual of one denoising regression.
+
+    ``error``: (B, D) ``F − F*``. ``log_variance``: (B, D) ``h``.
+    """
+
+    error: Tensor
+    log_variance: Tensor
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """``D(y, r)`` and ``V(y, r)`` around a network; see the head of the file.
+
+    Args:
+        network: ``(x (B, D), c (B,), context (B, C) or None) -> (B, 2D)``: ``F`` and ``h`` side by side.
+        context: one context for all rows, (C,) or (B, C); None for an unconditional sampler.
+    """
+
+    network: Network
+    context: Tensor | None = None
+
+    def field(self, x: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """``F`` and ``h`` (B, D) at scaled points ``x = y/√v`` (B, D) and ``log r`` (B,)."""
+        mean, log_variance = self.network(x, 0.25 * log_ratio, self.context).chunk(2, -1)
+        return mean, log_variance.clamp(*_LOG_VARIANCE_RANGE)
+
+    def moments(self, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean ``D`` and variance ``V``, both (B, D), for ``y`` (B, D) and ``r`` () or (B,)."""
+        r = r.expand(y.shape[0])[:, None]
+        v = 1 + r * r
+        mean, log_variance = self.field(y / torch.sqrt(v), torch.log(r[:, 0]))
+        return y / v + r / torch.sqrt(v) * mean, r * r / v * torch.exp(log_variance)
+
+    def score(self, y: Tensor, r: Tensor) -> Tensor:
+        """``∇ log p_r(y) = (D − y)/r²``, (B, D)."""
+        mean, _ = self.moments(y, r)
+        return (mean - y) / r.expand(y.shape[0]).square()[:, None]
+
+    def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> Regression:
+        """Compare with a target for the posterior mean: a clean point, or a better estimate; all (B, D), r (B,)."""
+        r = r[:, None]
+        v = 1 + r * r
+        mean, log_variance = self.field(y / torch.sqrt(v), torch.log(r[:, 0]))
+        return Regression(mean - (target_mean - y / v) * torch.sqrt(v) / r, log_variance)

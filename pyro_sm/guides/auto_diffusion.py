@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""AutoDiffusion: a diffusion sampler as an automatic guide.
+
+The guide's posterior is the law of ``z = m + L u``, where ``u`` comes from K reverse Gaussian kernels around a
+denoiser (``sampling/reverse.py``), or, where a true log density is wanted, from the probability flow of the same
+denoiser (``sampling/flow.py``). Before training it is its Gaussian base ``N(m, L Lᵀ)``, exactly.
+
+All parameters live in the param store under the guide's name, so that ``param_store.save`` and ``load`` carry them:
+``network_weights`` (the whole network as one vector: one store access per call), ``base_loc``, ``base_scale_tril``,
+``start_loc``, ``log_start_scale`` and ``log_variance_factor``. A reverse-KL objective (``Trace_ELBO``) trains all of
+them by gradient; score matching trains the network, and refits the last three by moments.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.nn.module import PyroParam, pyro_method
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
+from pyro_sm.denoiser import Denoiser
+from pyro_sm.guides.bases import Base, PriorBase
+from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
+from pyro_sm.model import ModelDensity
+from pyro_sm.nn.mlp import MLP, Architecture
+from pyro_sm.noise import VE, Noise, ratio_levels
+from pyro_sm.sampling.defensive import WideComponent, draw_defensively
+from pyro_sm.sampling.diffusion import Diffusion
+from pyro_sm.sampling.flow import FlowSolver
+from pyro_sm.sampling.reverse import Kernels, gaussian_kernels
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+_PARAMETERS = (
+    "network_weights",
+    "base_loc",
+    "base_scale_tril",
+    "start_loc",
+    "log_start_scale",
+    "log_variance_factor",
+)
+# Which guide a store entry belongs to: Pyro hands a second guide of the same name the first one's tensors silently.
+_OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class _CachedDensity(NamedTuple):
+    """A density and the exact model and arguments it was made for."""
+
+    model: Callable[..., Any]
+    args: Args
+    kwargs: Kwargs
+    versions: tuple[int, ...]
+    density: ModelDensity
+
+
+def _versions(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
+    return tuple(a._version for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+
+
+def _identical(args: Args, kwargs: Kwargs, cached: _CachedDensity) -> bool:
+    """Whether the very objects are the same: then a change in place would pass a comparison of values."""
+    return all(a is b for a, b in zip(args, cached.args, strict=False)) and all(
+        kwargs.get(k) is v for k, v in cached.kwargs.items()
+    )
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same data; what cannot be compared is taken to differ."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    try:
+        return type(a) is type(b) and bool(a == b)
+    except (ValueError, RuntimeError, TypeError):  # containers of arrays compare to no single truth value
+        return False
+
+
+def same_arguments(args: Args, kwargs: Kwargs, other_args: Args, other_kwargs: Kwargs) -> bool:
+    """Whether two calls of a model have the same arguments, by identity or by value."""
+    return (
+        len(args) == len(other_args)
+        and kwargs.keys() == other_kwargs.keys()
+        and all(_same_value(a, b) for a, b in zip(args, other_args, strict=True))
+        and all(_same_value(kwargs[k], other_kwargs[k]) for k in kwargs)
+    )
+
+
+class AutoDiffusion(AutoContinuous):
+    r"""A diffusion sampler over the entire unconstrained latent space, used like ``AutoNormal``.
+
+    Usage::
+
+        guide = AutoDiffusion(model)
+        svi = SVI(model, guide, Adam({"lr": 1e-3}), ImportanceWeightedScoreMatching())
+        for _ in range(1000):
+            svi.step(data)
+        idata = to_arviz(model, guide, data)
+
+    Discrete latent sites are left to the objective, which sums them out.
+
+    Args:
+        model: a Pyro model.
+        base: how to choose the Gaussian base; the prior's robust moments by default, which covers every mode.
+        noise: noise schedule in whitened space.
+        num_steps: K, reverse kernels per draw.
+        architecture: the network, built as soon as the number of latents is known.
+        context: maps the model's ``*args, **kwargs`` to a context vector (C,) that the network is given.
+        solver: tolerances of the probability flow, for ``get_posterior().log_prob`` of foreign values.
+        init_loc_fn: as in Pyro's guides; used for the prototype trace only.
+        create_plates: as in ``AutoNormal``.
+        name: prefix of the names in the param store; the class name by default.
+
+    Raises:
+        ModelRefusedError: at the first call, if the model cannot be made a batched density.
+        ValueError: at the first call, if the param store holds parameters of another shape under these names.
+
+    Source: "Importance Weighted Score Matching for Diffusion Samplers with Enhanced Mode Coverage"
+    https://arxiv.org/abs/2505.19431 .
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        base: Base | None = None,
+        noise: Noise | None = None,
+        num_steps: int = 48,
+        architecture: Architecture | None = None,
+        context: Callable[..., Tensor] | None = None,
+        solver: FlowSolver | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if num_steps < 2:
+            raise ValueError(f"expected num_steps >= 2, found {num_steps}")
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.create_plates = create_plates
+        self._pyro_name = name or type(self).__name__
+        self._raw_model: tuple[Callable[..., Any]] | None = (model,)
+        self.base = base or PriorBase()
+        self.noise = noise or VE()
+        self.num_steps = num_steps
+        self.architecture = architecture or MLP()
+        self.context = context
+        self.solver = solver or FlowSolver()
+        self._cached_density: _CachedDensity | None = None
+        self._skeleton: tuple[nn.Module] | None = None
+        self._shapes: list[tuple[str, torch.Size]] = []
+        self._dimensions: tuple[int, int] | None = None
+
+    # -- set-up ------------------------------------------------------------------------------------------------
+
+    def _trace_prototype(self, args: Args, kwargs: Kwargs) -> None:
+        """As ``AutoContinuous._setup_prototype``, but sequential plates pass and discrete sites are left out."""
+
+        def hide(msg: Any) -> bool:
+            return self._prototype_hide_fn(msg) or bool(getattr(msg["fn"].support, "is_discrete", False))
+
+        model = poutine.block(self.model, hide_fn=hide)
+        prototype = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+        if self.master is not None:
+            self.master()._check_prototype(prototype)
+        frames, shapes, stacks = {}, {}, {}
+        for name, site in prototype.iter_stochastic_nodes():
+            stacks[name] = tuple(frame for frame in site["cond_indep_stack"] if frame.vectorized)
+            for frame in stacks[name]:
+                if frame.full_size is not None and frame.size < frame.full_size and self.create_plates is None:
+                    raise ModelRefusedError(
+                        f"site '{name}' is local to the plate '{frame.name}', which is subsampled to {frame.size} "
+                        f"of {frame.full_size}: AutoDiffusion would learn the subsample's latents only. Use the "
+                        "full plate"
+                    )
+                frames[frame.name] = frame
+            with helpful_support_errors(site):
+                shapes[name] = biject_to(site["fn"].support).inv(site["value"]).shape
+        if not shapes:
+            raise ModelRefusedError("the model has no continuous latent site: there is nothing to infer")
+        self.prototype_trace = prototype
+        self._prototype_frames = frames
+        self._cond_indep_stacks = stacks
+        self._unconstrained_shapes = shapes
+        self.latent_dim = sum(shape.numel() for shape in shapes.values())
+
+    def _build(self, dim: int, context_dim: int) -> nn.Module:
+        """The network without its weights: a skeleton for ``functional_call``."""
+        network = self.architecture.build(dim, 2 * dim, context_dim)
+        self._skeleton = (network,)
+        self._shapes = [(name, p.shape) for name, p in network.named_parameters()]
+        self._dimensions = (dim, context_dim)
+        return network
+
+    @pyro_method
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self._trace_prototype(args, kwargs)
+        context = self._context(args, kwargs)
+        context_dim = 0 if context is None else context.shape[-1]
+        if self._has_parameters():
+            if self._dimensions != (self.latent_dim, context_dim):
+                raise ValueError(
+                    f"the loaded parameters belong to a model with (latents, context) sizes {self._dimensions}; "
+                    f"this model has {(self.latent_dim, context_dim)}"
+                )
+            return
+        with torch.no_grad(), poutine.block():
+            density = self.density(self._model_for_density(), args, kwargs)
+            loc, scale_tril = self.base.fit(density)
+        self._create_parameters(loc, scale_tril, context_dim)
+
+    def _create_parameters(self, loc: Tensor, scale_tril: Tensor, context_dim: int) -> None:
+        dim = loc.shape[0]
+        network = self._build(dim, context_dim)
+        weights = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+        kernels = gaussian_kernels(self._ratios(loc), dim)
+        self._register(
+            {
+                "network_weights": weights.to(loc),
+                "base_loc": loc.clone(),
+                "base_scale_tril": scale_tril.clone(),
+                "start_loc": kernels.start_loc,
+                "log_start_scale": kernels.start_scale.log(),
+                "log_variance_factor": kernels.variance_factor.log(),
+            }
+        )
+
+    def _register(self, values: dict[str, Tensor]) -> None:
+        """Create the Pyro parameters, adopting (after a check) what the store holds under their names."""
+        store = pyro.get_param_store()
+        for name, value in values.items():
+            full_name = f"{self._pyro_name}.{name}"
+            if full_name in store:
+                held = store[full_name]
+                if held.shape != value.shape:
+                    raise ValueError(
+                        f"the param store already holds '{full_name}' with shape {tuple(held.shape)}, this guide "
+                        f"needs {tuple(value.shape)}: call pyro.clear_param_store(), or give this guide a name of "
+                        "its own: AutoDiffusion(model, name=...)"
+                    )
+                owner = _OWNERS.get(store._params[full_name])
+                if owner is not None and owner() not in (None, self):
+                    warnings.warn(
+                        f"the param store already holds '{full_name}' of another guide: this guide shares its "
+                        "parameters. Call pyro.clear_param_store() first, or give this guide a name of its own",
+                        PyroSMWarning,
+                        stacklevel=2,
+                    )
+            setattr(self, name, PyroParam(value, constraints.real))
+            _OWNERS[getattr(self, name).unconstrained()] = weakref.ref(self)
+
+    def _has_parameters(self) -> bool:
+        return "network_weights" in self._pyro_params
+
+    def _model_for_density(self) -> Callable[..., Any]:
+        if self._raw_model is None:
+            raise ValueError("this guide was unpickled without its model: set it with guide.attach(model)")
+        return self._raw_model[0]
+
+    def attach(self, model: Callable[..., Any]) -> None:
+        """Give an unpickled guide its model back (models are not pickled, as in Pyro)."""
+        self._raw_model = (model,)
+        self._model = (model,)
+
+    @pyro_method
+    def setup(self, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> None:
+        """Trace the model and create the parameters, if that has not happened yet."""
+        if self._raw_model is None:
+            self.attach(model)
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+
+    # -- the diffusion behind the guide ------------------------------------------------------------------------
+
+    def _context(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+        return None if self.context is None else self.context(*args, **kwargs)
+
+    def _ratios(self, like: Tensor) -> Tensor:
+        return ratio_levels(self.noise, self.num_steps, dtype=like.dtype, device=like.device)
+
+    def _network(self, weights: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """The network as a function of its input alone: weights are fetched once, not once per layer and step."""
+        if self._skeleton is None:
+            raise ValueError("call the guide once before using its network")
+        skeleton = self._skeleton[0]
+        pieces = weights.split([shape.numel() for _, shape in self._shapes])
+        state = {name: p.view(shape) for (name, shape), p in zip(self._shapes, pieces, strict=True)}
+        state |= {name: buffer.to(weights) for name, buffer in skeleton.named_buffers()}
+
+        def network(x: Tensor, c: Tensor, context: Tensor | None) -> Tensor:
+            return torch.func.functional_call(skeleton, state, (x, c, context))
+
+        return network
+
+    @pyro_method
+    def diffusion(self, args: Args = (), kwargs: Kwargs | None = None) -> Diffusion:
+        """The sampler behind the guide, in plain torch, with the current parameters."""
+        if not self._has_parameters():
+            raise ValueError("call the guide (or setup) once, with the model's arguments, before using its sampler")
+        base_loc = self.base_loc
+        kernels = Kernels(
+            self._ratios(base_loc),
+            self.log_variance_factor.exp(),
+            self.start_loc,
+            self.log_start_scale.exp(),
+        )
+        denoiser = Denoiser(self._network(self.network_weights), self._context(args, kwargs or {}))
+        return Diffusion(denoiser, kernels, base_loc, self.base_scale_tril.tril(), self.solver)
+
+    @pyro_method
+    def density(self, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> ModelDensity:
+        """The model's batched density on this data; verified once, then rebound while only data change."""
+        cached = self._cached_density
+        versions = _versions(args, kwargs)
+        if cached is not None and cached.model is model:
+            unchanged = versions == cached.versions or not _identical(args, kwargs, cached)
+            if unchanged and same_arguments(args, kwargs, cached.args, cached.kwargs):
+                return cached.density
+            density = cached.density.with_data(args, kwargs)
+        else:
+            density = ModelDensity(model, args, kwargs)
+        self._check_sites(density)
+        self._cached_density = _CachedDensity(model, args, dict(kwargs), versions, density)
+        return density
+
+    def _check_sites(self, density: ModelDensity) -> None:
+        found = {site.name: torch.Size(site.unconstrained_shape) for site in density.sites}
+        if found.keys() != self._unconstrained_shapes.keys():
+            raise ValueError(
+                f"the guide covers the sites {sorted(self._unconstrained_shapes)}, the model has {sorted(found)}"
+            )
+        for name, shape in self._unconstrained_shapes.items():
+            if found[name].numel() != shape.numel():
+                raise ValueError(
+                    f"site '{name}': the guide was made for unconstrained shape {tuple(shape)}, the model now has "
+                    f"{tuple(found[name])}"
+                )
+
+    @pyro_method
+    def refit(self, z: Tensor, args: Args = (), kwargs: Kwargs | None = None) -> None:
+        """Refit variance factors and start by moments of equally weighted latents ``z`` (N, D)."""
+        with torch.no_grad():
+            kernels = self.diffusion(args, kwargs).fit(z)
+            self.start_loc.copy_(kernels.start_loc)
+            self.log_start_scale.copy_(kernels.start_scale.log())
+            self.log_variance_factor.copy_(kernels.variance_factor.log())
+
+    def draw_weighted(
+        self,
+        density: Density,
+        num_draws: int,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+        *,
+        wide: WideComponent | None = None,
+    ) -> Draws:
+        """Independent draws with their density and log weight; ``num_draws`` density evaluations.
+
+        The guide's own draws come first; the last tenth (or what ``wide`` says) is the wide component's, so that
+        the weights, and the k̂ computed from them, see what the guide has lost within its reach.
+        """
+        with torch.no_grad(), poutine.block():
+            process = self.diffusion(args, kwargs)
+            return draw_defensively(process, density, wide or WideComponent(), num_draws)[0]
+
+    # -- what Pyro expects of an AutoContinuous ----------------------------------------------------------------
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> DiffusionPosterior:
+        """The posterior over the packed latent (D,): reparametrised draws, and their log density."""
+        return DiffusionPosterior(self.diffusion(args, kwargs))
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """``N(m_T, s_T²)/(1+r_K²)``: what the probability flow starts from (for ``NeuTraReparam``)."""
+        loc, scale = self.diffusion().flow().base()
+        return dist.Normal(loc, scale).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
+        """The probability flow from :meth:`get_base_dist` to latent space."""
+        if self.context is not None and not args and not kwargs:
+            raise NotImplementedError("a guide with a context has no transform that is free of the data")
+        return FlowTransform(self.diffusion(args, kwargs))
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("AutoDiffusion is not Gaussian: use median(), quantiles() or draws")
+
+    def _site_draws(self, num_draws: int, args: Args, kwargs: Kwargs) -> Iterable[tuple[str, Tensor]]:
+        """Constrained draws by site, sample dimension first."""
+        z, _ = self.diffusion(args, kwargs).draw(num_draws)
+        start = 0
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            shape = self._unconstrained_shapes[name]
+            piece = z[:, start : start + shape.numel()].reshape(num_draws, *shape)
+            yield name, biject_to(site["fn"].support)(piece)
+            start += shape.numel()
+
+    @torch.no_grad()
+    def median(self, *args: Any, num_draws: int = 4096, **kwargs: Any) -> dict[str, Tensor]:
+        """Elementwise median of guide draws, by site; unweighted."""
+        self.setup(self._raw_model[0] if self._raw_model else self.model, args, kwargs)
+        return {name: x.median(0).values for name, x in self._site_draws(num_draws, args, kwargs)}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Iterable[float], *args: Any, num_draws: int = 4096, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Elementwise quantiles of guide draws, by site, shape (len(quantiles), \\*site); unweighted."""
+        self.setup(self._raw_model[0] if self._raw_model else self.model, args, kwargs)
+        levels = torch.as_tensor(quantiles)
+        return {name: torch.quantile(x, levels.to(x), dim=0) for name, x in self._site_draws(num_draws, args, kwargs)}
+
+    # -- saving and copying ------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; on a guide that was never called, the parameters are created from the state's shapes."""
+        if not self._has_parameters():
+            values = {name: state_dict[f"{name}_unconstrained"] for name in _PARAMETERS}
+            weights, loc = values["network_weights"], values["base_loc"]
+            self._build(loc.shape[0], self._infer_context_dim(loc.shape[0], weights.numel()))
+            for name, value in values.items():
+                setattr(self, name, PyroParam(value.detach().clone(), constraints.real))
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _infer_context_dim(self, dim: int, num_weights: int) -> int:
+        """Context size whose network has this many weights; the count grows by a fixed step per context entry."""
+        sizes = [sum(p.numel() for p in self.architecture.build(dim, 2 * dim, c).parameters()) for c in (0, 1)]
+        context_dim, rest = divmod(num_weights - sizes[0], max(sizes[1] - sizes[0], 1))
+        if rest or context_dim < 0:
+            raise ValueError(
+                f"the state holds a network of {num_weights} weights; {self.architecture} for {dim} latents has "
+                f"{sizes[0]}: construct the guide with the architecture it was trained with"
+            )
+        return context_dim
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own version clears the model of the *live* guide; here only the copy loses it.
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)
+        state = self.__dict__.copy()
+        state |= {"_model": None, "_raw_model": None, "master": None, "_cached_density": None}
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoDiffusion:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._model, new._raw_model = self._model, self._raw_model
+        return new

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Gaussian bases ``N(m, L Lᵀ)``: where a diffusion guide starts, and what whitens its latent space.
+
+The untrained guide is its base exactly. A base that covers every mode (the prior) lets weighting find them; a base
+that fits one bump (Laplace, Batch-and-Match) makes unimodal posteriors quick.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_sm.base import Density, PyroSMWarning
+from pyro_sm.batch_and_match import Gaussian, batch_and_match
+from pyro_sm.model import ModelDensity
+
+
+class LocScale(NamedTuple):
+    """``loc`` (D,) and lower-triangular ``scale_tril`` (D, D) of a Gaussian base."""
+
+    loc: Tensor
+    scale_tril: Tensor
+
+
+class Base(Protocol):
+    """A way to choose the Gaussian base for a density."""
+
+    def fit(self, density: ModelDensity) -> LocScale:
+        """The base for ``density``; may evaluate it (evaluations are counted on it)."""
+        ...
+
+
+@dataclass(frozen=True)
+class PriorBase:
+    """Robust moments of prior draws: per latent, the median and 1.4826 × the median absolute deviation.
+
+    Sites with an improper prior have no draws; they get mean 0 and ``improper_scale`` in unconstrained units, with
+    a warning, because whether that covers the posterior is for the user to know.
+
+    Args:
+        num_draws: prior draws; no density evaluations.
+        inflate: factor on the scale.
+        improper_scale: scale of latents whose prior is improper.
+    """
+
+    num_draws: int = 4000
+    inflate: float = 1.0
+    improper_scale: float = 10.0
+
+    def fit(self, density: ModelDensity) -> LocScale:
+        """Median and scaled median absolute deviation of the prior, as a diagonal base."""
+        draws = density.prior_draws(self.num_draws)
+        loc = draws.median(0).values
+        scale = 1.4826 * (draws - loc).abs().median(0).values * self.inflate
+        for site in density.sites:
+            if site.name in density.improper:
+                warnings.warn(
+                    f"site '{site.name}' has an improper prior, so PriorBase cannot know where the posterior lies: "
+                    f"using N(0, {self.improper_scale}^2) in unconstrained space. If that does not cover every mode, "
+                    "give a base: AutoDiffusion(model, base=GivenBase(loc, scale))",
+                    PyroSMWarning,
+                    stacklevel=2,
+                )
+                loc[site.start : site.stop] = 0.0
+                scale[site.start : site.stop] = self.improper_scale
+        return LocScale(loc, torch.diag(scale.clamp(min=1e-6)))
+
+
+@dataclass(frozen=True)
+class GivenBase:
+    """A base chosen by the user, in unconstrained space.
+
+    Args:
+        loc: (D,) or a number for all latents.
+        scale: a number, (D,) standard deviations, or (D, D) lower-triangular.
+
+    Raises:
+        ValueError: on :meth:`fit`, if the shapes do not match the model or a scale is not positive.
+    """
+
+    loc: Tensor | float
+    scale: Tensor | float
+
+    def fit(self, density: ModelDensity) -> LocScale:
+        """Check the shapes against the model and return the base."""
+        dim = density.dim
+        loc = torch.as_tensor(self.loc, dtype=density.dtype, device=density.device)
+        scale = torch.as_tensor(self.scale, dtype=density.dtype, device=density.device)
+        if loc.shape not in ((), (dim,)):
+            raise ValueError(f"expected loc of shape () or ({dim},), found {tuple(loc.shape)}")
+        if scale.shape not in ((), (dim,), (dim, dim)):
+            raise ValueError(f"expected scale of shape (), ({dim},) or ({dim}, {dim}), found {tuple(scale.shape)}")
+        tril = scale if scale.ndim == 2 else torch.diag(scale.expand(dim))
+        if not bool((tril.diagonal() > 0).all()) or not bool(torch.isfinite(tril).all()):
+            raise ValueError("expected a finite scale with a positive diagonal")
+        return LocScale(loc.expand(dim).clone(), tril.tril().clone())
+
+
+def _finite_start(density: Density, draws: Tensor) -> Tensor:
+    """The draw with the highest density, (D,)."""
+    log_p = density.log_prob(draws)
+    if not bool(torch.isfinite(log_p).any()):
+        raise ValueError(f"the density is not finite at any of {draws.shape[0]} prior draws: give a GivenBase")
+    return draws[log_p.argmax()]
+
+
+def _hessian(density: Density, z: Tensor, step: float) -> Tensor:
+    """Hessian of ``log p̃`` at ``z`` (D,), (D, D), by central differences of 2D scores in one batch."""
+    offset = step * torch.eye(density.dim, dtype=density.dtype, device=density.device)
+    _, score = density.log_prob_and_score(torch.cat([z + offset, z - offset]))
+    hessian = (score[: density.dim] - score[density.dim :]).double() / (2 * step)
+    return (hessian + hessian.T) / 2
+
+
+@dataclass(frozen=True)
+class LaplaceBase:
+    """Mode and curvature: ``N(z*, (−∇² log p̃(z*))⁻¹)``.
+
+    The mode is sought by L-BFGS from the best of ``num_starts`` prior draws. Directions in which the curvature is
+    not negative get the standard deviation ``max_scale``, with a warning.
+
+    Args:
+        num_starts: prior draws tried as a start.
+        max_iterations: of L-BFGS.
+        max_scale: largest standard deviation along an eigenvector of the Hessian.
+        inflate: factor on the scale.
+    """
+
+    num_starts: int = 256
+    max_iterations: int = 200
+    max_scale: float = 10.0
+    inflate: float = 1.0
+
+    def _mode(self, density: Density, start: Tensor) -> Tensor:
+        z = start.clone()
+        optimiser = torch.optim.LBFGS(
+            [z], max_iter=self.max_iterations, line_search_fn="strong_wolfe", tolerance_change=1e-12
+        )
+
+        def closure() -> float:
+            log_p, score = density.log_prob_and_score(z.detach()[None])
+            z.grad = -score[0]
+            return -float(log_p[0])
+
+        optimiser.step(closure)
+        return z.detach()
+
+    def fit(self, density: ModelDensity) -> LocScale:
+        """Find the mode and its curvature."""
+        start = _finite_start(density, density.prior_draws(self.num_starts))
+        mode = self._mode(density, start)
+        if not bool(torch.isfinite(mode).all()):
+            raise ValueError("the search for the mode left the finite numbers: use PriorBase() or a GivenBase")
+        step = 1e-4 if density.dtype == torch.float64 else 1e-2
+        eigenvalue, eigenvector = torch.linalg.eigh(-_hessian(density, mode, step))
+        floor = self.max_scale**-2
+        flat = int((eigenvalue < floor).sum())
+        if flat:
+            warnings.warn(
+                f"the density is flat or convex in {flat} of {density.dim} directions at its mode: LaplaceBase uses "
+                f"the scale {self.max_scale} there",
+                PyroSMWarning,
+                stacklevel=2,
+            )
+        covariance = (eigenvector / eigenvalue.clamp(min=floor)) @ eigenvector.T
+        tril = torch.linalg.cholesky(covariance) * self.inflate
+        return LocScale(mode, tril.to(density.dtype))
+
+
+@dataclass(frozen=True)
+class BatchAndMatchBase:
+    """The Gaussian that Batch-and-Match finds, started at the prior's robust moments.
+
+    Args:
+        num_batches: updates.
+        batch_size: scores per update.
+        inflate: factor on the scale; a base a little too wide is safer than one too narrow.
+    """
+
+    num_batches: int = 150
+    batch_size: int = 32
+    inflate: float = 1.2
+
+    def fit(self, density: ModelDensity) -> LocScale:
+        """Run the updates on the density."""
+        prior = PriorBase().fit(density)
+        gaussian = batch_and_match(
+            density,
+            Gaussian(prior.loc, prior.scale_tril @ prior.scale_tril.T),
+            num_batches=self.num_batches,
+            batch_size=self.batch_size,
+        )
+        tril = torch.linalg.cholesky(gaussian.covariance) * self.inflate
+        if not math.isfinite(float(tril.sum())):
+            raise ValueError("Batch-and-Match diverged: use PriorBase() or a GivenBase")
+        return LocScale(gaussian.loc.to(density.dtype), tril.to(density.dtype))

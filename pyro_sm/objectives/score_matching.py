@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The two weightings of importance-weighted score matching: pure estimators, one value per row, noise as argument.
+
+Both train a denoiser on noised points ``y = u + r ε`` in whitened space; both aim at ``∇ log p_r`` of the *target*,
+although no draw of the target exists.
+
+* :class:`PathWeights` — the clean points are draws ``u_i`` of the sampler, picked in proportion to their damped path
+  weight; the target is the clean point itself (denoising). One density evaluation per draw, none per step.
+* :class:`MarginalWeights` — the paper's form. With inner draws ``u_k = y + r ε_k``, k = 1..K,
+
+      ``log p̂ = logsumexp_k log p̃(u_k) − log K``,   ``Ŝ = Σ_k softmax_k(log p̃(u_k)) ∇ log p̃(u_k)``,
+
+  from the *same* draws, and ``p̂^B`` the noised buffer with its wide component: the row's weight is
+  ``w = p̂/p̂^B``, self-normalised over the batch, and the loss ``Σ w̄ λ ‖s − Ŝ‖²``. Because numerator and score
+  share their draws, ``E[w Ŝ | y]/E[w | y] = ∇p_r/p_r`` exactly: the weight removes the ratio bias of Ŝ.
+
+Source: "Importance Weighted Score Matching for Diffusion Samplers with Enhanced Mode Coverage"
+https://arxiv.org/abs/2505.19431 ; with ``w = 1`` the second form is "Iterated Denoising Energy Matching"
+https://arxiv.org/abs/2402.06121 .
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_sm.base import Density, DiffusionProcess
+from pyro_sm.objectives.buffer import Buffer
+from pyro_sm.sampling.defensive import WideComponent
+
+# The variance head learns from the same residuals; half weight keeps the mean, which matters more, in front.
+_VARIANCE_WEIGHT = 0.5
+
+
+class StepNoise(NamedTuple):
+    """All randomness of one optimiser step, drawn before anything else happens.
+
+    ``pick``: (B,) uniforms that choose clean points. ``level``: (B,) log-uniform noise ratios.
+    ``noise``: (B, D) standard normal. ``inner``: (K, B, D) standard normal, K = 0 unless the weighting wants it.
+    """
+
+    pick: Tensor
+    level: Tensor
+    noise: Tensor
+    inner: Tensor
+
+
+class Weighting(Protocol):
+    """How one optimiser step makes a loss of the buffer."""
+
+    @property
+    def num_inner(self) -> int:
+        """K, inner density evaluations per row and step."""
+        ...
+
+    def loss(
+        self,
+        process: DiffusionProcess,
+        density: Density,
+        wide: WideComponent,
+        buffer: Buffer,
+        step: StepNoise,
+    ) -> Tensor:
+        """Loss per row (B,); the objective takes the mean."""
+        ...
+
+
+def draw_step_noise(ratios: Tensor, batch_size: int, dim: int, num_inner: int) -> StepNoise:
+    """Stratified picks and levels (each of B equal strata once, in independent order), and Gaussian noise."""
+
+    def stratified() -> Tensor:
+        order = torch.randperm(batch_size, device=ratios.device)
+        return (order + torch.rand_like(order, dtype=ratios.dtype)) / batch_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=ratios.dtype, device=ratios.device)
+
+    low, high = ratios[1].log(), ratios[-1].log()
+    return StepNoise(
+        stratified(),
+        torch.exp(low + (high - low) * stratified()),
+        normal(batch_size, dim),
+        normal(num_inner, batch_size, dim),
+    )
+
+
+def denoising_loss(process: DiffusionProcess, u: Tensor, r: Tensor, noise: Tensor) -> Tensor:
+    """``mean_d [e² + ½ · ½(h + e² exp(−h))]`` (B,) against clean points ``u`` (B, D); e² in the second is fixed.
+
+    1.25 for an untrained guide whose base is the target; less where it has learned that the target is narrower.
+    """
+    error, log_variance = process.regression(u, u + r[:, None] * noise, r)
+    square = error.square()
+    variance_term = 0.5 * (log_variance + square.detach() * torch.exp(-log_variance))
+    return (square + _VARIANCE_WEIGHT * variance_term).mean(-1)
+
+
+@dataclass(frozen=True)
+class PathWeights:
+    """Denoising score matching on draws picked by their damped path weights ``w^γ`` (the default)."""
+
+    @property
+    def num_inner(self) -> int:
+        """None: the density is evaluated once per draw, not per step."""
+        return 0
+
+    def loss(
+        self,
+        process: DiffusionProcess,
+        density: Density,
+        wide: WideComponent,
+        buffer: Buffer,
+        step: StepNoise,
+    ) -> Tensor:
+        """Denoising loss of rows picked by weight."""
+        index = buffer.pick(buffer.weights(), step.pick)
+        return denoising_loss(process, process.to_white(buffer.latents()[index]), step.level, step.noise)
+
+
+class MarginalEstimate(NamedTuple):
+    """``log_p``: (B,) ``log p̂_r(y)``. ``score``: (B, D) ``Ŝ``, from the same inner draws."""
+
+    log_p: Tensor
+    score: Tensor
+
+
+def marginal_estimate(
+    process: DiffusionProcess, density: Density, y: Tensor, r: Tensor, inner: Tensor
+) -> MarginalEstimate:
+    """Noised density and score at ``y`` (B, D) by K inner draws; ``inner``: (K, B, D), ``r``: (B,); whitened.
+
+    ``K · B`` density and gradient evaluations. A row none of whose inner draws has a finite density gets
+    ``log_p = −inf`` and a zero score, and with it no weight.
+    """
+    num_inner, batch, dim = inner.shape
+    points = (y + r[:, None] * inner).reshape(-1, dim)
+    log_p, score = density.log_prob_and_score(process.to_latent(points))
+    log_p = log_p.reshape(num_inner, batch)
+    score = torch.nan_to_num(process.white_score(score)).reshape(num_inner, batch, dim)
+    share = torch.nan_to_num(torch.softmax(log_p, 0))
+    return MarginalEstimate(torch.logsumexp(log_p, 0) - math.log(num_inner), (share[..., None] * score).sum(0))
+
+
+def noised_buffer_log_prob(y: Tensor, r: Tensor, u: Tensor, wide: WideComponent) -> Tensor:
+    """``log p̂^B_r(y)`` (B,): kernels on the guide's own draws ``u`` (M, D), plus the wide component noised.
+
+    No model evaluations. ``(1−ρ) (1/M) Σ_j N(y; u_j, r²) + ρ N(y; 0, scale² + r²)``, whitened.
+    """
+    dim = y.shape[-1]
+    distance = torch.cdist(y, u).square()
+    kernel = -0.5 * (distance / r[:, None].square() + dim * torch.log(2 * math.pi * r[:, None].square()))
+    own = torch.logsumexp(kernel, 1) - math.log(u.shape[0])
+    if wide.share == 0:
+        return own
+    noised = wide.log_prob_white(y, r.square())
+    return torch.logaddexp(math.log1p(-wide.share) + own, math.log(wide.share) + noised)
+
+
+@dataclass(frozen=True)
+class MarginalWeights:
+    """The paper's form: self-normalised marginal weights and a score target from the same inner draws.
+
+    Neither ``w`` nor ``Ŝ`` is clipped: clipping would bring the bias back that the shared draws remove.
+
+    Args:
+        num_inner: K, inner draws per row; each costs one density and one gradient evaluation per step.
+        max_kernels: the noised buffer is represented by at most this many of its draws.
+
+    Raises:
+        ValueError: a count that is not positive.
+    """
+
+    num_inner: int = 16
+    max_kernels: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.num_inner < 1 or self.max_kernels < 1:
+            raise ValueError(f"expected positive counts, found {self.num_inner} and {self.max_kernels}")
+
+    def loss(
+        self,
+        process: DiffusionProcess,
+        density: Density,
+        wide: WideComponent,
+        buffer: Buffer,
+        step: StepNoise,
+    ) -> Tensor:
+        """``B w̄ λ ‖s − Ŝ‖²/D`` per row with ``λ = r²``; ``w̄`` sums to 1 over the B rows.
+
+        The clean points are the buffer's draws alike, whatever their path weight. The variance head has no target
+        in this form and is held near zero; the fitted variance factors do its work.
+        """
+        own = torch.cat([r.draws.z[: r.num_guide] for r in buffer.rounds])
+        with torch.no_grad():
+            latents = buffer.latents()
+            u = process.to_white(latents[buffer.pick(torch.ones_like(latents[:, 0]), step.pick)])
+            y = u + step.level[:, None] * step.noise
+            estimate = marginal_estimate(process, density, y, step.level, step.inner)
+            stride = -(-own.shape[0] // self.max_kernels)
+            log_buffer = noised_buffer_log_prob(y, step.level, process.to_white(own[::stride]), wide)
+            log_weight = estimate.log_p - log_buffer
+            if not bool(torch.isfinite(log_weight).any()):
+                raise ValueError("no inner draw has a finite density: the base lies outside the model's support")
+            weight = torch.softmax(log_weight, 0) * log_weight.shape[0]
+            square_ratio = step.level.square()[:, None]
+            target = y + square_ratio * estimate.score
+        error, log_variance = process.regression(target, y, step.level)
+        # The denoiser's error is F − F* = r √(1+r²) (s − Ŝ).
+        square = error.square() / (1 + square_ratio)
+        return weight * square.mean(-1) + 1e-2 * log_variance.square().mean(-1)

@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""DiffusionSampler: train a diffusion guide, watch it, stop it, save it, and take draws, as from ``MCMC``.
+
+The loop alternates rounds and steps of :class:`~pyro_sm.ImportanceWeightedScoreMatching`. The learning rate is held
+until γ = 1 and the effective sample size has stopped rising (or half the budget is spent), then goes linearly to
+zero; then training ends. The state is complete after every step: an interrupted, saved and resumed run continues
+bit for bit like one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_sm.base import CheckpointError, Draws, RoundInfo
+from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
+from pyro_sm.corrections.importance import Correction, ImportanceResampling
+from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
+from pyro_sm.diagnostics.summary import summary_table
+from pyro_sm.guides.auto_diffusion import AutoDiffusion, same_arguments
+from pyro_sm.guides.bases import Base
+from pyro_sm.model import ModelDensity
+from pyro_sm.objectives.buffer import Buffer, Round
+from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching, TrainingState
+from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
+
+_NAMES = itertools.count()
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """When training ends.
+
+    Args:
+        max_evaluations: budget of density evaluations for training; the learning rate reaches zero there.
+        patience: rounds over which the effective sample size must still rise.
+        min_rise: relative rise of its mean over ``patience`` rounds that counts as one.
+        anneal_rounds: fewest rounds over which the learning rate goes to zero.
+
+    Raises:
+        ValueError: a number that is not positive.
+    """
+
+    max_evaluations: int = 200_000
+    patience: int = 5
+    min_rise: float = 0.05
+    anneal_rounds: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_evaluations", "patience", "anneal_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
+
+    def converged(self, history: tuple[RoundInfo, ...]) -> bool:
+        """γ = 1 throughout the last ``patience`` rounds, and ESS no longer rising over them."""
+        if len(history) < 2 * self.patience:
+            return False
+        last, before = history[-self.patience :], history[-2 * self.patience : -self.patience]
+        rise = sum(info.ess for info in last) / max(sum(info.ess for info in before), 1e-12)
+        return all(info.gamma > 0.999 for info in last) and rise < 1 + self.min_rise
+
+
+class Schedule(NamedTuple):
+    """Where the run stands. ``anneal_start``: first round of annealing, or −1; ``anneal_end``: the round to stop at.
+
+    ``finished``: training has ended; ``run`` then only binds the data.
+    """
+
+    anneal_start: int = -1
+    anneal_end: int = -1
+    finished: bool = False
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted and acted upon between two steps; a second one interrupts at once."""
+    hit = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal hit
+        if hit:
+            raise KeyboardInterrupt
+        hit = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: hit
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class DiffusionSampler:
+    r"""Trains an :class:`~pyro_sm.AutoDiffusion` on a model and draws from it.
+
+    Usage::
+
+        sampler = DiffusionSampler(model)
+        sampler.run(data)
+        samples = sampler.get_samples(4000)  # {site: (4000, ...)}
+        sampler.summary()
+        idata = sampler.to_arviz()
+
+    Args:
+        model: a Pyro model.
+        base: Gaussian base for the default guide (see ``guides/bases.py``); the prior's moments if None.
+        guide: a guide of your own instead of the default one.
+        objective: a configured objective instead of the default one.
+        stopping: budget and stopping rule.
+        learning_rate: of Adam, before annealing.
+        seed: of all randomness; the global generator is neither used nor changed.
+        checkpoint: file to save the state to during the run, or None.
+        checkpoint_every: seconds between checkpoints.
+        disable_progbar: no progress bar.
+
+    Raises:
+        ValueError: both ``base`` and ``guide`` are given.
+
+    Source: "Importance Weighted Score Matching for Diffusion Samplers with Enhanced Mode Coverage"
+    https://arxiv.org/abs/2505.19431 .
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        base: Base | None = None,
+        guide: AutoDiffusion | None = None,
+        objective: ImportanceWeightedScoreMatching | None = None,
+        stopping: StoppingRule | None = None,
+        learning_rate: float = 2e-3,
+        seed: int = 0,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 30.0,
+        disable_progbar: bool = False,
+    ) -> None:
+        if base is not None and guide is not None:
+            raise ValueError("expected a base for the default guide, or a guide with its own base; found both")
+        self.model = model
+        self.guide = guide or AutoDiffusion(model, base=base, name=f"DiffusionSampler{next(_NAMES)}")
+        self._untrained = copy.deepcopy(self.guide)
+        self.objective = objective or ImportanceWeightedScoreMatching()
+        self.stopping = stopping or StoppingRule()
+        self.learning_rate = learning_rate
+        self.seed = seed
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
+        self.disable_progbar = disable_progbar
+        self.schedule = Schedule()
+        self._optimiser: torch.optim.Adam | None = None
+        self._rng: list[Tensor] | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._data: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._pool_of_draws: Draws | None = None
+        self._last_saved = -math.inf
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> tuple[RoundInfo, ...]:
+        """What each round measured, oldest first."""
+        return self.objective.history
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Train on the model's arguments until the stopping rule or the budget ends it; resume if interrupted.
+
+        Ctrl-C stops between two steps and raises ``KeyboardInterrupt``; the sampler stays usable, and another
+        ``run`` with the same arguments goes on where it stopped.
+
+        Raises:
+            ModelRefusedError: the model cannot be evaluated in batches, or the arguments do not fit it.
+            CheckpointError: a loaded checkpoint belongs to another model, other data or other settings.
+            ValueError: no draw has a finite density.
+        """
+        with self._own_rng():
+            self._bind(args, kwargs)
+            self._reopen_if_budget_grew()
+            if self.schedule.finished:
+                return
+            with _deferred_interrupt() as interrupted, self._progress() as report:
+                while not self.schedule.finished:
+                    self._step(args, kwargs, report)
+                    if interrupted():
+                        break
+                if not self.schedule.finished:
+                    self._save_if_asked(force=True)
+                    raise KeyboardInterrupt(
+                        f"stopped after {len(self.history)} rounds; run() with the same arguments goes on"
+                    )
+            self.objective.refit(self.guide, args, kwargs)
+            self._pool_of_draws = None
+        self._save_if_asked(force=True)
+
+    @contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        """Run on the sampler's own generator state and give the global one back untouched."""
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            if self._rng is None:
+                torch.manual_seed(self.seed)
+            else:
+                torch.set_rng_state(self._rng[0])
+                for device, state in zip(devices, self._rng[1:], strict=False):
+                    torch.cuda.set_rng_state(state, device)
+            try:
+                yield
+            finally:
+                self._rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._data is not None and not same_arguments(args, kwargs, *self._data):
+            self._start_afresh()
+        self.guide.setup(self.model, args, kwargs)
+        density = self.guide.density(self.model, args, kwargs)
+        self._data = (args, kwargs)
+        if self._optimiser is None:
+            weights = self.guide.network_weights.unconstrained()
+            self._optimiser = torch.optim.Adam([weights], lr=self.learning_rate)
+        if self._loaded is not None:
+            self._restore(self._loaded, self._density())
+            self._loaded = None
+        self.objective.bind(self.guide, density)
+
+    def _start_afresh(self) -> None:
+        """New data, new inference: what was learned for other data may have lost modes that matter here."""
+        self.guide = copy.deepcopy(self._untrained)
+        self.objective.state = TrainingState()
+        self.schedule = Schedule()
+        self._optimiser = None
+        self._pool_of_draws = None
+        torch.manual_seed(self.seed)
+
+    def _density(self) -> ModelDensity:
+        if self._data is None:
+            raise ValueError("call run(...) with the model's arguments first")
+        return self.guide.density(self.model, *self._data)
+
+    def _reopen_if_budget_grew(self) -> None:
+        spent = self.history[-1].density_evaluations if self.history else 0
+        room = self.stopping.max_evaluations - spent >= self.objective.num_particles
+        ended_by_budget = not self.stopping.converged(self.history)
+        if self.schedule.finished and room and ended_by_budget and self.schedule.anneal_end < self._last_round():
+            self.schedule = Schedule()
+
+    def _last_round(self) -> int:
+        """The round at which the budget is spent."""
+        return max(self.stopping.max_evaluations // self.objective.evaluations_per_round, 1)
+
+    def _after_round(self) -> None:
+        """Decide, once per round, whether to anneal."""
+        done, last = len(self.history), self._last_round()
+        if self.schedule.anneal_start < 0:
+            if self.stopping.converged(self.history):
+                length = max(self.stopping.anneal_rounds, done // 3)
+                self.schedule = Schedule(done, min(done + length, last))
+            elif done >= (last + 1) // 2:
+                self.schedule = Schedule(done, last)
+
+    def _rate(self) -> float:
+        """Learning rate of the step to come."""
+        start, end = self.schedule.anneal_start, self.schedule.anneal_end
+        if start < 0:
+            return self.learning_rate
+        done = len(self.history) - start + self.objective.state.steps / self.objective.steps_per_round
+        return self.learning_rate * max(1 - done / (end - start + 1), 0.0)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], report: Callable[[RoundInfo], None]) -> None:
+        """One optimiser step, and the round before it if one is due."""
+        optimiser = self._optimiser
+        if optimiser is None:
+            raise ValueError("call run(...) first")
+        rounds = len(self.history)
+        for group in optimiser.param_groups:
+            group["lr"] = self._rate()
+        optimiser.zero_grad()
+        loss = self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss became {loss} in round {rounds}: lower the learning rate (now "
+                f"{self.learning_rate}), or check the model for overflow"
+            )
+        torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 10.0)
+        optimiser.step()
+        if len(self.history) > rounds:
+            report(self.history[-1])
+            self._after_round()
+        if self.objective.round_due():
+            ended = self.schedule.anneal_start >= 0 and len(self.history) >= self.schedule.anneal_end
+            self.schedule = self.schedule._replace(finished=ended)
+            self._save_if_asked(force=False)
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[RoundInfo], None]]:
+        spent = self.history[-1].density_evaluations if self.history else 0
+        with tqdm(
+            total=self.stopping.max_evaluations, initial=spent, unit="eval", disable=self.disable_progbar,
+            desc="training", dynamic_ncols=True, mininterval=0.5,
+        ) as bar:  # fmt: skip
+
+            def report(info: RoundInfo) -> None:
+                bar.set_postfix_str(
+                    f"round {info.round}, γ={info.gamma:.2f}, ESS={info.ess:.2f}, k̂={info.khat:.2f}, "
+                    f"log Z={info.log_evidence:.2f}±{info.log_evidence_se:.2f}",
+                    refresh=False,
+                )
+                bar.update(info.density_evaluations - bar.n)
+
+            yield report
+            if self.schedule.finished:
+                bar.total = bar.n
+                bar.refresh()
+
+    # -- draws -------------------------------------------------------------------------------------------------
+
+    def draws(self, num_draws: int) -> Draws:
+        """At least ``num_draws`` weighted draws, kept for later calls; the guide's own come first.
+
+        See :meth:`~pyro_sm.AutoDiffusion.draw_weighted`: the last tenth is the wide component's.
+        """
+        density = self._density()
+        if self._pool_of_draws is None or self._pool_of_draws.z.shape[0] < num_draws:
+            args, kwargs = self._data or ((), {})
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed + 7919)
+                self._pool_of_draws = self.guide.draw_weighted(
+                    density, num_draws, args, kwargs, wide=self.objective.wide
+                )
+        return self._pool_of_draws
+
+    def _pool(self, num_samples: int = 4000) -> Draws:
+        return self.draws(max(4 * num_samples, 16_000))
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(device=self._density().device).manual_seed(self.seed)
+
+    def get_samples(self, num_samples: int = 4000, *, correction: Correction | None = None) -> dict[str, Tensor]:
+        """Constrained draws by site, sample dimension first: ``{site: (num_samples, *shape)}``.
+
+        Args:
+            num_samples: how many.
+            correction: importance resampling from four times as many guide draws by default;
+                :class:`~pyro_sm.corrections.Raw` for the guide's own.
+        """
+        pool = self._pool(num_samples)
+        index = (correction or ImportanceResampling()).apply(pool, num_samples, self._generator())
+        density = self._density()
+        z = pool.z[index]
+        return {**density.unpack(z), **density.deterministics(z)}
+
+    @property
+    def evidence(self) -> Evidence:
+        """``log Z`` and its standard error in nats, from fresh draws of the trained guide."""
+        return evidence(self._pool().log_weight)
+
+    @property
+    def log_evidence(self) -> float:
+        """Estimate of ``log Z`` in nats."""
+        return self.evidence.log_evidence
+
+    @property
+    def log_evidence_se(self) -> float:
+        """Its standard error, in nats."""
+        return self.evidence.log_evidence_se
+
+    @property
+    def khat(self) -> float:
+        """Pareto shape of the final weights; above 0.7 do not trust them."""
+        return pareto_smooth(self._pool().log_weight).khat
+
+    @property
+    def ess(self) -> float:
+        """Effective share of the final draws, in (0, 1]."""
+        log_weight = self._pool().log_weight
+        return effective_sample_size(log_weight) / log_weight.shape[0]
+
+    def to_arviz(self, num_samples: int = 4000, *, correction: Correction | None = None, **options: Any) -> Any:
+        """``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x); see ``diagnostics/export.py`` for ``options``."""
+        density = self._density()
+        pool = self._pool(num_samples)
+        provenance = Provenance(
+            objective=type(self.objective).__name__,
+            seed=self.seed,
+            density_evaluations=density.evaluations.density,
+            gradient_evaluations=density.evaluations.gradient,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return draws_to_arviz(
+                density,
+                pool,
+                num_samples=num_samples,
+                correction=correction or ImportanceResampling(),
+                provenance=provenance,
+                history=self.history,
+                **options,
+            )
+
+    def report(self) -> str:
+        """Evidence, weights and cost in three lines."""
+        density, last = self._density(), self.history[-1]
+        return (
+            f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats\n"
+            f"weights       Pareto k̂ {self.khat:.2f} (trust below 0.7), effective share {self.ess:.2f}\n"
+            f"cost          {density.evaluations.density} density and {density.evaluations.gradient} gradient "
+            f"evaluations ({density.batching_method}), {len(self.history)} rounds, {last.seconds:.0f} s of training"
+        )
+
+    def summary(self, num_samples: int = 4000) -> None:
+        """Print evidence, weights, cost, and ArviZ's summary table of the corrected draws."""
+        idata = self.to_arviz(num_samples, predictive=False, log_likelihood=False, prior=False)
+        print(f"{self.report()}\n{summary_table(idata)}")
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def _save_if_asked(self, *, force: bool) -> None:
+        if self.checkpoint is None:
+            return
+        if force or time.monotonic() - self._last_saved > self.checkpoint_every:
+            self.save(self.checkpoint)
+            self._last_saved = time.monotonic()
+
+    def _settings(self) -> dict[str, str]:
+        """What must be equal for a resumed run to go on as it would have."""
+        objective = self.objective
+        return {
+            "noise": repr(self.guide.noise),
+            "num_steps": repr(self.guide.num_steps),
+            "architecture": repr(self.guide.architecture),
+            "weighting": repr(objective.weighting),
+            "wide": repr(objective.wide),
+            "num_particles": repr(objective.num_particles),
+            "steps_per_round": repr(objective.steps_per_round),
+            "buffer_rounds": repr(objective.buffer_rounds),
+            "batch_size": repr(objective.batch_size),
+            "learning_rate": repr(self.learning_rate),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole state to ``path``, atomically; a later :meth:`load` and :meth:`run` continue from it.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+            ValueError: nothing has been run yet.
+        """
+        if self._optimiser is None:
+            raise ValueError("there is nothing to save: call run(...) first")
+        state, density = self.objective.state, self._density()
+        rounds = [
+            {"draws": list(r.draws), "weight": r.weight, "gamma": r.gamma, "num_guide": r.num_guide}
+            for r in state.buffer.rounds
+        ]
+        rng = self._rng or [torch.get_rng_state()]
+        write_checkpoint(
+            path,
+            {
+                "settings": self._settings(),
+                "sites": {site.name: list(site.unconstrained_shape) for site in density.sites},
+                "seed": self.seed,
+                "guide": {k: v.detach() for k, v in self.guide.state_dict().items()},
+                "optimiser": self._optimiser.state_dict(),
+                "rng": rng,
+                "rounds": rounds,
+                "steps": state.steps,
+                "loss_sum": state.loss_sum,
+                "seconds": state.seconds,
+                "history": [list(info) for info in state.history],
+                "evaluations": [density.evaluations.density, density.evaluations.gradient],
+                "schedule": list(self.schedule),
+            },
+        )
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read a state written by :meth:`save`; the next :meth:`run` checks that model and data are the same.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or was made with other settings.
+        """
+        content = read_checkpoint(path)
+        mine, theirs = self._settings(), content["settings"]
+        different = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
+        if different:
+            raise CheckpointError(f"'{path}' was made with other settings ({'; '.join(different)})")
+        self._loaded = content
+        self.seed = content["seed"]
+
+    def _restore(self, content: dict[str, Any], density: ModelDensity) -> None:
+        sites = {site.name: list(site.unconstrained_shape) for site in density.sites}
+        if content["sites"] != sites:
+            raise CheckpointError(f"the checkpoint belongs to a model with the sites {content['sites']}, not {sites}")
+        to = {"dtype": density.dtype, "device": density.device}
+        rounds = tuple(
+            Round(Draws(*(x.to(**to) for x in r["draws"])), r["weight"].to(**to), r["gamma"], r["num_guide"])
+            for r in content["rounds"]
+        )
+        self._check_data(rounds, density)
+        self.guide.load_state_dict(content["guide"])
+        if self._optimiser is not None:
+            self._optimiser.load_state_dict(content["optimiser"])
+        history = tuple(RoundInfo(*info) for info in content["history"])
+        self.objective.state = TrainingState(
+            Buffer(rounds), content["steps"], content["loss_sum"], history, content["seconds"]
+        )
+        self.schedule = Schedule(*content["schedule"])
+        density.evaluations.density, density.evaluations.gradient = content["evaluations"]
+        torch.set_rng_state(content["rng"][0])
+        for device, state in enumerate(content["rng"][1:]):
+            torch.cuda.set_rng_state(state, device)
+
+    def _check_data(self, rounds: tuple[Round, ...], density: ModelDensity) -> None:
+        """The density of a few saved draws must come out as it was saved: else model or data have changed."""
+        if not rounds:
+            return
+        z, then = rounds[-1].draws.z[:4], rounds[-1].draws.log_p[:4]
+        now = density.log_prob(z)
+        if not torch.allclose(now, then, rtol=1e-5, atol=1e-2, equal_nan=True):
+            raise CheckpointError(
+                "the checkpoint was made with other data or another version of the model: log densities of its "
+                f"draws were {[round(float(x), 3) for x in then]}, now {[round(float(x), 3) for x in now]}"
+            )

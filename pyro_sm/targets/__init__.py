@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems with known answers, in plain torch."""
