@@ -8,6 +8,7 @@ A checkpoint is a nested ``dict`` of tensors, numbers, strings, lists and tuples
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> N
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, target)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"cannot write the checkpoint '{target}': {error}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -48,6 +49,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not target.is_file():
         raise CheckpointError(f"there is no checkpoint at '{target}'")
     try:
+        with zipfile.ZipFile(target) as archive:
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"checksum of {damaged}")
         content = torch.load(target, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         reason = (str(error).splitlines() or [""])[0][:120]

@@ -105,3 +105,13 @@ class TemperedDensity(FunctionDensity):
 
     def _mix(self, z: Tensor) -> Tensor:
         return (1 - self.beta) * self.base.log_prob(z) + self.beta * self.target.log_prob(z)
+
+    def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``log p̃_β`` (B,) and its gradient (B, D), detached; from the two densities' own scores."""
+        self.evaluations.density += z.shape[0]
+        self.evaluations.gradient += z.shape[0]
+        base, base_score = self.base.log_prob_and_score(z)
+        target, target_score = self.target.log_prob_and_score(z)
+        value = (1 - self.beta) * base + self.beta * target
+        score = (1 - self.beta) * base_score + self.beta * target_score
+        return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf), score

@@ -31,7 +31,7 @@ from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.summary import summary_table
-from pyro_sm.guides.auto_diffusion import AutoDiffusion, same_arguments
+from pyro_sm.guides.auto_diffusion import AutoDiffusion, same_arguments, tensor_versions
 from pyro_sm.guides.bases import Base
 from pyro_sm.model import ModelDensity
 from pyro_sm.objectives.buffer import Buffer, Round
@@ -39,6 +39,10 @@ from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatchi
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 _NAMES = itertools.count()
+_CHECKPOINT_KEYS = (
+    "settings", "sites", "seed", "guide", "optimiser", "rng", "rounds", "steps", "loss_sum", "seconds", "history",
+    "evaluations", "schedule",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class StoppingRule:
         ValueError: a number that is not positive.
     """
 
-    max_evaluations: int = 200_000
+    max_evaluations: int = 100_000
     patience: int = 5
     min_rise: float = 0.05
     anneal_rounds: int = 8
@@ -165,8 +169,10 @@ class DiffusionSampler:
         self.schedule = Schedule()
         self._optimiser: torch.optim.Adam | None = None
         self._rng: list[Tensor] | None = None
+        self._running = False
         self._loaded: dict[str, Any] | None = None
         self._data: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._data_versions: tuple[int, ...] = ()
         self._pool_of_draws: Draws | None = None
         self._last_saved = -math.inf
 
@@ -212,33 +218,44 @@ class DiffusionSampler:
         """Run on the sampler's own generator state and give the global one back untouched."""
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
-            if self._rng is None:
+            if self._rng is None or self._optimiser is None:  # a run that failed before training leaves no trace
                 torch.manual_seed(self.seed)
             else:
                 torch.set_rng_state(self._rng[0])
                 for device, state in zip(devices, self._rng[1:], strict=False):
                     torch.cuda.set_rng_state(state, device)
+            self._running = True
             try:
                 yield
             finally:
-                self._rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+                self._running = False
+                self._rng = self._rng_state()
+
+    @staticmethod
+    def _rng_state() -> list[Tensor]:
+        """The state of the generators in use."""
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._data is not None and not same_arguments(args, kwargs, *self._data):
+        if self._data is not None and not (
+            tensor_versions(*self._data) == self._data_versions and same_arguments(args, kwargs, *self._data)
+        ):
             self._start_afresh()
         self.guide.setup(self.model, args, kwargs)
         density = self.guide.density(self.model, args, kwargs)
-        self._data = (args, kwargs)
+        self._data, self._data_versions = (args, kwargs), tensor_versions(args, kwargs)
+        self.objective.bind(self.guide, density)
         if self._optimiser is None:
             weights = self.guide.network_weights.unconstrained()
             self._optimiser = torch.optim.Adam([weights], lr=self.learning_rate)
         if self._loaded is not None:
             self._restore(self._loaded, self._density())
             self._loaded = None
-        self.objective.bind(self.guide, density)
 
     def _start_afresh(self) -> None:
         """New data, new inference: what was learned for other data may have lost modes that matter here."""
+        self.guide.release()  # or the store would hand the old parameters to the new guide
         self.guide = copy.deepcopy(self._untrained)
         self.objective.state = TrainingState()
         self.schedule = Schedule()
@@ -254,17 +271,20 @@ class DiffusionSampler:
     def _reopen_if_budget_grew(self) -> None:
         spent = self.history[-1].density_evaluations if self.history else 0
         room = self.stopping.max_evaluations - spent >= self.objective.num_particles
-        ended_by_budget = not self.stopping.converged(self.history)
+        # As it stood when annealing began: annealing itself lifts the effective sample size again.
+        ended_by_budget = not self.stopping.converged(self.history[: self.schedule.anneal_start])
         if self.schedule.finished and room and ended_by_budget and self.schedule.anneal_end < self._last_round():
             self.schedule = Schedule()
 
     def _last_round(self) -> int:
-        """The round at which the budget is spent."""
-        return max(self.stopping.max_evaluations // self.objective.evaluations_per_round, 1)
+        """The round at which the budget is spent; what fitting the base has cost comes out of it."""
+        base = self.history[0].density_evaluations - self.objective.num_particles if self.history else 0
+        return max((self.stopping.max_evaluations - base) // self.objective.evaluations_per_round, 1)
 
     def _after_round(self) -> None:
         """Decide, once per round, whether to anneal."""
-        done, last = len(self.history), self._last_round()
+        done = len(self.history)
+        last = max(self._last_round(), done)
         if self.schedule.anneal_start < 0:
             if self.stopping.converged(self.history):
                 length = max(self.stopping.anneal_rounds, done // 3)
@@ -301,7 +321,10 @@ class DiffusionSampler:
             report(self.history[-1])
             self._after_round()
         if self.objective.round_due():
-            ended = self.schedule.anneal_start >= 0 and len(self.history) >= self.schedule.anneal_end
+            last = self._last_round()
+            if self.schedule.anneal_start >= 0:
+                last = min(last, self.schedule.anneal_end)
+            ended = len(self.history) >= last
             self.schedule = self.schedule._replace(finished=ended)
             self._save_if_asked(force=False)
 
@@ -446,6 +469,7 @@ class DiffusionSampler:
             "wide": repr(objective.wide),
             "num_particles": repr(objective.num_particles),
             "steps_per_round": repr(objective.steps_per_round),
+            "effective_share": repr(objective.effective_share),
             "buffer_rounds": repr(objective.buffer_rounds),
             "batch_size": repr(objective.batch_size),
             "learning_rate": repr(self.learning_rate),
@@ -465,7 +489,7 @@ class DiffusionSampler:
             {"draws": list(r.draws), "weight": r.weight, "gamma": r.gamma, "num_guide": r.num_guide}
             for r in state.buffer.rounds
         ]
-        rng = self._rng or [torch.get_rng_state()]
+        rng = self._rng_state() if self._running or self._rng is None else self._rng
         write_checkpoint(
             path,
             {
@@ -492,6 +516,11 @@ class DiffusionSampler:
             CheckpointError: the file is missing, damaged, or was made with other settings.
         """
         content = read_checkpoint(path)
+        missing = [key for key in _CHECKPOINT_KEYS if key not in content]
+        if missing:
+            raise CheckpointError(
+                f"'{path}' is not a checkpoint of a DiffusionSampler (missing: {', '.join(missing)})"
+            )
         mine, theirs = self._settings(), content["settings"]
         different = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if theirs.get(k) != v]
         if different:

@@ -2,8 +2,7 @@
 r"""Batched density: what evaluating B latents at once is worth, on five models.
 
 Times are the smallest of several repetitions, in CPU milliseconds of this process on one thread, of
-``log_prob_and_score`` per latent; both routes are timed in the same run. ``python -m
-pyro_sm.bench.batching``.
+``log_prob_and_score`` per latent; both routes are timed in the same run. ``python -m pyro_sm bench batching``.
 """
 
 from __future__ import annotations
@@ -81,13 +80,15 @@ def table(rows: Sequence[Row], batch: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m pyro_sm.bench.batching", description=main.__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench batching``."""
     parser.add_argument("--batch", type=int, default=1024, help="latents per batch (default 1024)")
     parser.add_argument("--repeats", type=int, default=7, help="repetitions, of which the fastest counts")
     parser.add_argument("--compile", action="store_true", help="also time compile=True (a minute or two)")
-    options = parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,8 +100,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
     print(table(rows, options.batch))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

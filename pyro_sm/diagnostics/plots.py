@@ -243,10 +243,14 @@ def plot_raw_vs_weighted(
 
 
 def _limits(raw: np.ndarray, weighted: np.ndarray) -> tuple[float, float]:
-    """The central 99 % of either set: heavy tails must not squeeze everything else into one pixel."""
+    """The central 99 % of the weighted and 90 % of the raw draws.
+
+    Heavy tails must not squeeze everything else into one pixel, and a tenth of the raw draws may come from a wide
+    component that looks far outside the posterior.
+    """
     raw, weighted = raw[np.isfinite(raw)], weighted[np.isfinite(weighted)]
-    low = min(float(np.quantile(raw, 0.005)), float(np.quantile(weighted, 0.005)))
-    high = max(float(np.quantile(raw, 0.995)), float(np.quantile(weighted, 0.995)))
+    low = min(float(np.quantile(raw, 0.05)), float(np.quantile(weighted, 0.005)))
+    high = max(float(np.quantile(raw, 0.95)), float(np.quantile(weighted, 0.995)))
     margin = 0.08 * (high - low) or 0.5
     return low - margin, high + margin
 
@@ -295,7 +299,7 @@ def _corner_legend(figure: Figure, weighted: Any) -> None:
     khat, share = weighted.attrs.get("pareto_khat", math.nan), weighted.attrs.get("importance_ess", math.nan)
     figure.legend(
         handles=handles, loc="outside upper center", ncols=2, frameon=False,
-        title=f"k̂ = {khat:.2f}, effective sample size {share:.2%} of the raw draws",
+        title=f"k̂ = {khat:.2f}, effective sample size {100 * share:.2g} % of the raw draws",
     )  # fmt: skip
 
 
@@ -357,6 +361,8 @@ def plot_khat(idata: Any, ax: Axes | None = None) -> Figure:
     )
     ax.set_title(f"Pareto k̂ = {khat:.2f}, {verdict}", loc="left", fontsize="medium", fontweight="bold")
     ess = effective_sample_size(log_w) / n
-    ax.legend(title=f"effective sample size {ess:.2%} of {n:,} draws", fontsize="small", title_fontsize="small")
+    ax.legend(
+        title=f"effective sample size {100 * ess:.2g} % of {n:,} draws", fontsize="small", title_fontsize="small"
+    )
     _tidy(ax)
     return figure  # type: ignore[return-value]

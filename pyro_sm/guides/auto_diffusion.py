@@ -36,6 +36,7 @@ from pyro_sm.denoiser import Denoiser
 from pyro_sm.guides.bases import Base, PriorBase
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.model import ModelDensity
+from pyro_sm.model_transforms import bijection_onto
 from pyro_sm.nn.mlp import MLP, Architecture
 from pyro_sm.noise import VE, Noise, ratio_levels
 from pyro_sm.sampling.defensive import WideComponent, draw_defensively
@@ -67,15 +68,10 @@ class _CachedDensity(NamedTuple):
     density: ModelDensity
 
 
-def _versions(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
-    return tuple(a._version for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-
-
-def _identical(args: Args, kwargs: Kwargs, cached: _CachedDensity) -> bool:
-    """Whether the very objects are the same: then a change in place would pass a comparison of values."""
-    return all(a is b for a, b in zip(args, cached.args, strict=False)) and all(
-        kwargs.get(k) is v for k, v in cached.kwargs.items()
-    )
+def tensor_versions(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
+    """How often each tensor was changed in place: a tensor compared with itself does not show it."""
+    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    return tuple(0 if a.is_inference() else a._version for a in tensors)
 
 
 def _same_value(a: Any, b: Any) -> bool:
@@ -98,6 +94,17 @@ def same_arguments(args: Args, kwargs: Kwargs, other_args: Args, other_kwargs: K
         and all(_same_value(a, b) for a, b in zip(args, other_args, strict=True))
         and all(_same_value(kwargs[k], other_kwargs[k]) for k in kwargs)
     )
+
+
+def init_to_median_or_origin(site: Any = None) -> Any:
+    """Pyro's ``init_to_median``; the unconstrained origin for an improper prior, which cannot be sampled."""
+    if site is None:
+        return init_to_median_or_origin
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        transform = bijection_onto(site["fn"].support)
+        return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
 
 
 class AutoDiffusion(AutoContinuous):
@@ -143,7 +150,7 @@ class AutoDiffusion(AutoContinuous):
         architecture: Architecture | None = None,
         context: Callable[..., Tensor] | None = None,
         solver: FlowSolver | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Any] = init_to_median_or_origin,
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
@@ -159,7 +166,7 @@ class AutoDiffusion(AutoContinuous):
         self.architecture = architecture or MLP()
         self.context = context
         self.solver = solver or FlowSolver()
-        self._cached_density: _CachedDensity | None = None
+        self._cached_densities: tuple[_CachedDensity, ...] = ()
         self._skeleton: tuple[nn.Module] | None = None
         self._shapes: list[tuple[str, torch.Size]] = []
         self._dimensions: tuple[int, int] | None = None
@@ -207,18 +214,31 @@ class AutoDiffusion(AutoContinuous):
 
     @pyro_method
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        density = None
+        if not self._has_parameters():
+            # Before the prototype: this is where a model that cannot be handled is refused in words.
+            with poutine.block():
+                density = self.density(self._model_for_density(args, kwargs), args, kwargs)
         self._trace_prototype(args, kwargs)
+        try:
+            self._fit_base(density, args, kwargs)
+        except BaseException:  # an interrupt, too: half a set-up must not pass for one
+            self.prototype_trace = None
+            raise
+
+    def _fit_base(self, density: ModelDensity | None, args: Args, kwargs: Kwargs) -> None:
+        """Check the parameters that are there (no ``density``), or create them around a base fitted to it."""
         context = self._context(args, kwargs)
         context_dim = 0 if context is None else context.shape[-1]
-        if self._has_parameters():
+        if density is None:
             if self._dimensions != (self.latent_dim, context_dim):
                 raise ValueError(
                     f"the loaded parameters belong to a model with (latents, context) sizes {self._dimensions}; "
                     f"this model has {(self.latent_dim, context_dim)}"
                 )
             return
+        self._check_sites(density)
         with torch.no_grad(), poutine.block():
-            density = self.density(self._model_for_density(), args, kwargs)
             loc, scale_tril = self.base.fit(density)
         self._create_parameters(loc, scale_tril, context_dim)
 
@@ -262,13 +282,30 @@ class AutoDiffusion(AutoContinuous):
             setattr(self, name, PyroParam(value, constraints.real))
             _OWNERS[getattr(self, name).unconstrained()] = weakref.ref(self)
 
+    def release(self) -> None:
+        """Take this guide's parameters out of the param store, so that another guide may have the names."""
+        store = pyro.get_param_store()
+        for name in _PARAMETERS:
+            full_name = f"{self._pyro_name}.{name}"
+            mine = self._parameters.get(f"{name}_unconstrained")
+            if mine is not None and full_name in store and store._params[full_name] is mine:
+                del store[full_name]
+
     def _has_parameters(self) -> bool:
         return "network_weights" in self._pyro_params
 
-    def _model_for_density(self) -> Callable[..., Any]:
+    def _model_for_density(self, args: Args, kwargs: Kwargs) -> Callable[..., Any]:
         if self._raw_model is None:
             raise ValueError("this guide was unpickled without its model: set it with guide.attach(model)")
-        return self._raw_model[0]
+        model = self._raw_model[0]
+        if self.master is None:
+            return model
+        # A part of an AutoGuideList: its blocked model draws the other parts' sites afresh in every run, so its
+        # density is random. They are held at the values of the list's prototype.
+        own = poutine.block(poutine.trace(poutine.block(model, self._prototype_hide_fn)).get_trace)(*args, **kwargs)
+        whole = self.master().prototype_trace
+        held = {name: site["value"] for name, site in whole.iter_stochastic_nodes() if name not in own.nodes}
+        return poutine.condition(self.master().model, data=held)
 
     def attach(self, model: Callable[..., Any]) -> None:
         """Give an unpickled guide its model back (models are not pickled, as in Pyro)."""
@@ -323,24 +360,24 @@ class AutoDiffusion(AutoContinuous):
     @pyro_method
     def density(self, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> ModelDensity:
         """The model's batched density on this data; verified once, then rebound while only data change."""
-        cached = self._cached_density
-        versions = _versions(args, kwargs)
-        if cached is not None and cached.model is model:
-            unchanged = versions == cached.versions or not _identical(args, kwargs, cached)
+        held = [c for c in self._cached_densities if c.model is model]
+        for cached in held:
+            unchanged = tensor_versions(cached.args, cached.kwargs) == cached.versions
             if unchanged and same_arguments(args, kwargs, cached.args, cached.kwargs):
                 return cached.density
-            density = cached.density.with_data(args, kwargs)
-        else:
-            density = ModelDensity(model, args, kwargs)
-        self._check_sites(density)
-        self._cached_density = _CachedDensity(model, args, dict(kwargs), versions, density)
+        density = held[-1].density.with_data(args, kwargs) if held else ModelDensity(model, args, kwargs)
+        if self.prototype_trace is not None:
+            self._check_sites(density)
+        new = _CachedDensity(model, args, dict(kwargs), tensor_versions(args, kwargs), density)
+        # More than one, so that a look at held-out data does not cost the training data theirs.
+        self._cached_densities = (*self._cached_densities, new)[-4:]
         return density
 
     def _check_sites(self, density: ModelDensity) -> None:
         found = {site.name: torch.Size(site.unconstrained_shape) for site in density.sites}
-        if found.keys() != self._unconstrained_shapes.keys():
+        if list(found) != list(self._unconstrained_shapes):  # their order is that of the packed latent
             raise ValueError(
-                f"the guide covers the sites {sorted(self._unconstrained_shapes)}, the model has {sorted(found)}"
+                f"the guide covers the sites {list(self._unconstrained_shapes)}, the model has {list(found)}"
             )
         for name, shape in self._unconstrained_shapes.items():
             if found[name].numel() != shape.numel():
@@ -408,9 +445,11 @@ class AutoDiffusion(AutoContinuous):
 
     @torch.no_grad()
     def median(self, *args: Any, num_draws: int = 4096, **kwargs: Any) -> dict[str, Tensor]:
-        """Elementwise median of guide draws, by site; unweighted."""
+        """Median of guide draws in unconstrained space, as a point of each site's support; unweighted."""
         self.setup(self._raw_model[0] if self._raw_model else self.model, args, kwargs)
-        return {name: x.median(0).values for name, x in self._site_draws(num_draws, args, kwargs)}
+        z, _ = self.diffusion(args, kwargs).draw(num_draws)
+        middle = z.median(0).values
+        return {site["name"]: biject_to(site["fn"].support)(u) for site, u in self._unpack_latent(middle)}
 
     @torch.no_grad()
     def quantiles(
@@ -449,7 +488,7 @@ class AutoDiffusion(AutoContinuous):
         for parameter in self.parameters():
             parameter.__dict__.pop("unconstrained", None)
         state = self.__dict__.copy()
-        state |= {"_model": None, "_raw_model": None, "master": None, "_cached_density": None}
+        state |= {"_model": None, "_raw_model": None, "master": None, "_cached_densities": ()}
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoDiffusion:

@@ -24,7 +24,7 @@ from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 from torch import Tensor
 
-from pyro_sm.base import Density, DiffusionGuide, RoundInfo, require
+from pyro_sm.base import Density, DiffusionGuide, Evaluations, RoundInfo, require
 from pyro_sm.objectives.buffer import Buffer, Round, damped_round, round_statistics
 from pyro_sm.objectives.score_matching import PathWeights, Weighting, draw_step_noise
 from pyro_sm.sampling.defensive import WideComponent, draw_defensively
@@ -114,6 +114,11 @@ class ImportanceWeightedScoreMatching(ELBO):
         return self.num_particles + self.steps_per_round * self.batch_size * self.weighting.num_inner
 
     @property
+    def evaluations(self) -> Evaluations:
+        """Density and gradient evaluations so far, of the density now trained on."""
+        return Evaluations() if self._bound is None else self._bound[1].evaluations
+
+    @property
     def history(self) -> tuple[RoundInfo, ...]:
         """What each round measured, oldest first."""
         return self.state.history
@@ -187,6 +192,8 @@ class ImportanceWeightedScoreMatching(ELBO):
                 self.refit(diffusion_guide, args, kwargs)
                 self.state = self._after_round(self._collect(diffusion_guide, density, args, kwargs), density)
         buffer = self.state.buffer
+        if self._bound is not None and (self._bound[0] is not guide or self._bound[1] is not density):
+            buffer = Buffer()  # a look at another guide or other data, which the rounds say nothing about
         if not buffer.rounds:
             buffer = Buffer((self._collect(diffusion_guide, density, args, kwargs),))
         loss = self.weighting.loss(process, density, self.wide, buffer, noise).mean()

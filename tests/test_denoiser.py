@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The denoiser and its network; and the exact denoiser of a Gaussian mixture, which other tests use too."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from pyro_sm.denoiser import Denoiser
+from pyro_sm.density import value_and_score
+from pyro_sm.nn.mlp import MLP, NoiseEmbedding
+
+exact = {"rtol": 1e-10, "atol": 1e-12}
+
+
+class Mixture:
+    """A Gaussian mixture ``Σ w_j N(m_j, S_j)`` whose denoiser is known at every noise ratio."""
+
+    def __init__(self, weights, means, covariances):
+        self.weights, self.means, self.covariances = (
+            torch.tensor(x, dtype=torch.float64) for x in (weights, means, covariances)
+        )
+        self.dim = self.means.shape[1]
+        self.values, self.vectors = torch.linalg.eigh(self.covariances)
+
+    def law(self, r=0.0):
+        noise = r**2 * torch.eye(self.dim, dtype=torch.float64)
+        return MixtureSameFamily(Categorical(self.weights), MultivariateNormal(self.means, self.covariances + noise))
+
+    def log_prob(self, u):
+        return self.law().log_prob(u)
+
+    def sample(self, num_draws):
+        return self.law().sample((num_draws,))
+
+    def moments(self, y, r):
+        """``E[u | y]`` and ``Var[u | y]``, one latent at a time, both (B, D); ``r`` (B,)."""
+        total = self.values + r.square()[:, None, None]
+        white = torch.einsum("bjd,jde->bje", y[:, None] - self.means, self.vectors)
+        log_share = self.weights.log() - 0.5 * (white.square() / total + total.log()).sum(-1)
+        share = torch.softmax(log_share, 1)[..., None]
+        gain = self.values / total
+        mean = self.means + torch.einsum("bje,jde->bjd", gain * white, self.vectors)
+        variance = r.square()[:, None, None] * torch.einsum("bje,jde->bjd", gain, self.vectors.square())
+        centre = (share * mean).sum(1)
+        return centre, (share * (variance + (mean - centre[:, None]).square())).sum(1)
+
+    def network(self, x, c, context=None):
+        """``F`` and ``h`` that make the denoiser exact."""
+        r = torch.exp(4 * c)
+        v = 1 + r[:, None].square()
+        y = x * torch.sqrt(v)
+        mean, variance = self.moments(y, r)
+        return torch.cat(
+            [(mean - y / v) * torch.sqrt(v) / r[:, None], (variance * v).log() - 2 * r[:, None].log()], -1
+        )
+
+    def denoiser(self):
+        return Denoiser(self.network)
+
+
+def two_modes():
+    """Asymmetric, correlated, overlapping a little."""
+    return Mixture(
+        [0.3, 0.7], [[-1.2, 0.5], [0.8, -0.4]], [[[0.30, 0.12], [0.12, 0.20]], [[0.25, -0.10], [-0.10, 0.45]]]
+    )
+
+
+def random_network(dim, scale=0.3, *, context_dim=0):
+    """A small untrained network that is not zero."""
+    network = MLP(width=16, depth=1).build(dim, 2 * dim, context_dim).double()
+    for layer in (network.last, network.skip):
+        torch.nn.init.normal_(layer.weight, std=scale / layer.in_features**0.5)
+        torch.nn.init.normal_(layer.bias, std=scale)
+    return network.requires_grad_(False)
+
+
+def zero_network(dim):
+    return MLP(width=16, depth=1).build(dim, 2 * dim, 0).double().requires_grad_(False)
+
+
+def gauss_hermite(n):
+    """Nodes and weights (n,) of the expectation under N(0, 1)."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    return torch.from_numpy(nodes), torch.from_numpy(weights) / math.sqrt(2 * math.pi)
+
+
+def batch(n=9, dim=2):
+    return 2 * torch.randn(n, dim, dtype=torch.float64), torch.exp(torch.randn(n, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------- known mixtures
+
+
+@pytest.mark.parametrize("r", [0.05, 0.7, 6.0])
+def test_mixture_moments_are_tweedies(r):
+    """The helper itself: ``D = y + r² ∇log p_r`` and ``V = r² + r⁴ diag ∇²log p_r``, by autograd."""
+    mixture = two_modes()
+    y = mixture.sample(8) + r * torch.randn(8, 2, dtype=torch.float64)
+    mean, variance = mixture.moments(y, torch.full((8,), r, dtype=torch.float64))
+    _, score = value_and_score(mixture.law(r).log_prob, y)
+    curvature = torch.stack([torch.autograd.functional.hessian(mixture.law(r).log_prob, row).diagonal() for row in y])
+    torch.testing.assert_close(mean, y + r**2 * score, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(variance, r**2 + r**4 * curvature, rtol=1e-8, atol=1e-8)
+
+
+def test_an_exact_network_makes_an_exact_denoiser():
+    mixture = two_modes()
+    y, r = batch()
+    mean, variance = mixture.denoiser().moments(y, r)
+    torch.testing.assert_close(mean, mixture.moments(y, r)[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(variance, mixture.moments(y, r)[1], rtol=1e-9, atol=1e-9)
+    score = mixture.denoiser().score(y, r)
+    for row, ratio, found in zip(y, r, score, strict=True):
+        _, expected = value_and_score(mixture.law(float(ratio)).log_prob, row[None])
+        torch.testing.assert_close(found[None], expected, rtol=1e-8, atol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------- exact
+
+
+def test_a_zero_network_knows_the_posterior_of_a_standard_normal():
+    y, r = batch(dim=3)
+    denoiser = Denoiser(zero_network(3))
+    mean, variance = denoiser.moments(y, r)
+    precision = 1 + 1 / r[:, None] ** 2
+    torch.testing.assert_close(mean, (y / r[:, None] ** 2) / precision, **exact)
+    torch.testing.assert_close(variance, (1 / precision).expand(-1, 3), **exact)
+    torch.testing.assert_close(denoiser.score(y, r), -y / (1 + r[:, None] ** 2), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.002, 0.4, 30.0])
+def test_moments_by_hand_for_a_network_that_is_not_zero(ratio):
+    network = random_network(2)
+    y, _ = batch()
+    r = torch.tensor(ratio, dtype=torch.float64)
+    v = 1 + ratio**2
+    f, h = network(y / math.sqrt(v), torch.full((9,), math.log(ratio) / 4, dtype=torch.float64)).chunk(2, -1)
+    mean, variance = Denoiser(network).moments(y, r)
+    torch.testing.assert_close(mean, y / v + ratio / math.sqrt(v) * f, **exact)
+    torch.testing.assert_close(variance, ratio**2 / v * h.exp(), **exact)
+    assert float(f.abs().min()) > 1e-6
+    # One ratio for all is the same as that ratio in each row.
+    for one, many in zip((mean, variance), Denoiser(network).moments(y, r.expand(9)), strict=True):
+        torch.testing.assert_close(one, many, **exact)
+
+
+def test_the_log_variance_is_held_in_its_range():
+    denoiser = Denoiser(lambda x, c, context: torch.cat([0 * x, 100 * x.sign()], -1))
+    y = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    r = torch.ones(1, dtype=torch.float64)
+    torch.testing.assert_close(denoiser.moments(y, r)[1], 0.5 * torch.tensor([[6.0, -14.0]]).double().exp(), **exact)
+
+
+def test_regression_measures_the_moments():
+    """``error = (D − target) √v / r``, in which the moments of the posterior have unit scale."""
+    denoiser = Denoiser(random_network(2))
+    y, r = batch()
+    u = torch.randn_like(y)
+    error, log_variance = denoiser.regression(u, y, r)
+    mean, variance = denoiser.moments(y, r)
+    scale = torch.sqrt(1 + r**2)[:, None] / r[:, None]
+    torch.testing.assert_close(error, (mean - u) * scale, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(log_variance.exp(), variance * scale**2, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(denoiser.regression(mean, y, r).error, torch.zeros_like(y), rtol=0, atol=1e-10)
+
+
+def test_the_regression_target_has_unit_size_under_the_base():
+    """``E[F*²] = 1`` and ``E[F* | y] = 0`` when ``u ~ N(0, 1)``: Gauss–Hermite, exact for polynomials."""
+    nodes, weights = gauss_hermite(6)
+    u, eps = (x.reshape(-1, 1) for x in torch.meshgrid(nodes, nodes, indexing="ij"))
+    weight = torch.outer(weights, weights).reshape(-1, 1)
+    denoiser = Denoiser(zero_network(1))
+    for ratio in (0.01, 0.5, 7.0):
+        r = torch.full((36,), ratio, dtype=torch.float64)
+        y = u + ratio * eps
+        error = denoiser.regression(u, y, r).error
+        assert float((weight * error**2).sum()) == pytest.approx(1, rel=1e-9)
+        for power in (1, 3):
+            assert float((weight * error * y**power).sum()) == pytest.approx(0, abs=1e-9)
+
+
+# -------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_untrained_network_is_zero_everywhere(dtype):
+    network = MLP(width=8, depth=2).build(3, 6, 2).to(dtype)
+    found = network(torch.randn(5, 3, dtype=dtype), torch.randn(5, dtype=dtype), torch.ones(2, dtype=dtype))
+    assert found.shape == (5, 6)
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.zeros(5, 6, dtype=dtype))
+    assert len(network.hidden) == 2
+    assert network.first.out_features == 8
+
+
+def test_an_untrained_network_can_learn():
+    network = MLP(width=8, depth=2).build(3, 6, 0)
+    network(torch.randn(5, 3), torch.randn(5)).sum().backward()
+    assert float(network.last.weight.grad.abs().sum()) > 0
+    assert float(network.skip.weight.grad.abs().sum()) > 0
+
+
+def test_embedding_is_cosines_and_sines():
+    c = torch.tensor([0.3, -1.0])
+    f = 2.0 ** torch.linspace(-3, 2, 16)
+    expected = torch.cat([torch.cos(2 * math.pi * f * c[:, None]), torch.sin(2 * math.pi * f * c[:, None])], -1)
+    torch.testing.assert_close(NoiseEmbedding()(c), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_independent_and_know_noise_and_context():
+    network = random_network(2, context_dim=3)
+    x, c = torch.randn(6, 2, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    context = torch.randn(6, 3, dtype=torch.float64)
+    whole = network(x, c, context)
+    rows = torch.cat([network(x[i : i + 1], c[i : i + 1], context[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(whole, rows, **exact)
+    assert float((network(x, c + 0.3, context) - whole).abs().min(1).values.max()) > 1e-4
+    assert float((network(x, c, context + 1) - whole).abs().min(1).values.max()) > 1e-4
+    one = network(x, c, context[0])
+    torch.testing.assert_close(one, network(x, c, context[:1].expand(6, -1)), **exact)
+
+
+def test_the_denoiser_hands_its_context_down():
+    network = random_network(2, context_dim=3)
+    y, r = batch()
+    context = torch.randn(3, dtype=torch.float64)
+    mean, _ = Denoiser(network, context).moments(y, r)
+    expected, _ = Denoiser(lambda x, c, _: network(x, c, context)).moments(y, r)
+    torch.testing.assert_close(mean, expected, **exact)
+    assert float((Denoiser(network, -context).moments(y, r)[0] - mean).abs().max()) > 1e-4
+
+
+def test_a_missing_context_is_an_error():
+    with pytest.raises(ValueError, match="context of size 3, found none"):
+        random_network(2, context_dim=3)(*batch())
