@@ -41,10 +41,12 @@ class Evaluations:
     """How many latents were pushed through the user's model.
 
     ``density`` counts values of ``log p̃``; ``gradient`` counts scores (each score also counts as one density).
+    ``not_a_number`` counts values that were NaN, and were read as ``-inf``.
     """
 
     density: int = 0
     gradient: int = 0
+    not_a_number: int = 0
 
 
 @runtime_checkable

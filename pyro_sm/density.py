@@ -58,7 +58,9 @@ class FunctionDensity:
     def log_prob(self, z: Tensor) -> Tensor:
         """``log p̃`` (B,) for ``z`` (B, D), nats; differentiable while grad is enabled."""
         self.evaluations.density += z.shape[0]
-        return torch.nan_to_num(self._value(z), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        value = self._value(z)
+        self.evaluations.not_a_number += int(torch.isnan(value).sum())
+        return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
     def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``log p̃`` (B,) and its gradient (B, D), detached."""

@@ -63,6 +63,11 @@ def _nothing(z: Tensor) -> Tensor:
     return torch.nan_to_num(0 * z.sum(1), nan=0.0)
 
 
+def _without_nan(value: Tensor) -> Tensor:
+    """A density that is not a number is not a place to sample from."""
+    return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
 class ModelDensity:
     """``log p̃(z)`` of a Pyro model, batched, with its score. A :class:`~pyro_sm.base.Density`.
 
@@ -167,8 +172,11 @@ class ModelDensity:
         """
         z = self._checked(z)
         self.evaluations.density += z.shape[0]
-        values = [self._value(chunk, self.batching) for chunk in self._chunks(z)]
-        return values[0] if len(values) == 1 else torch.cat(values)
+        if z.shape[0] == 0:
+            return z.sum(1)
+        raw = torch.cat([self._raw_value(chunk, self.batching) for chunk in self._chunks(z)])
+        self.evaluations.not_a_number += int(torch.isnan(raw).sum())
+        return _without_nan(raw)
 
     def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``log p̃`` (B,) and its gradient (B, D), both detached; works under ``no_grad`` and inference mode.
@@ -211,8 +219,7 @@ class ModelDensity:
     def _value(self, z: Tensor, batching: Batching) -> Tensor:
         if z.shape[0] == 0:
             return z.sum(1)
-        value = self._raw_value(z, batching)
-        return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        return _without_nan(self._raw_value(z, batching))
 
     def _raw_value(self, z: Tensor, batching: Batching) -> Tensor:
         values, log_det = self._structure.constrain(z)

@@ -16,9 +16,10 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_sm.base import CheckpointError, Draws, RoundInfo
+from pyro_sm.base import CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
@@ -211,6 +212,7 @@ class DiffusionSampler:
                     )
             self.objective.refit(self.guide, args, kwargs)
             self._pool_of_draws = None
+            self._warn_of_nan()
         self._save_if_asked(force=True)
 
     @contextmanager
@@ -267,6 +269,17 @@ class DiffusionSampler:
         if self._data is None:
             raise ValueError("call run(...) with the model's arguments first")
         return self.guide.density(self.model, *self._data)
+
+    def _warn_of_nan(self) -> None:
+        evaluations = self._density().evaluations
+        if evaluations.not_a_number:
+            share = evaluations.not_a_number / max(evaluations.density, 1)
+            warnings.warn(
+                f"the log density was NaN at {evaluations.not_a_number} latents ({share:.1%} of those evaluated); they "
+                "were taken to be impossible. If the likelihood should be finite there, the posterior is wrong",
+                PyroSMWarning,
+                stacklevel=3,
+            )
 
     def _reopen_if_budget_grew(self) -> None:
         spent = self.history[-1].density_evaluations if self.history else 0
@@ -504,7 +517,7 @@ class DiffusionSampler:
                 "loss_sum": state.loss_sum,
                 "seconds": state.seconds,
                 "history": [list(info) for info in state.history],
-                "evaluations": [density.evaluations.density, density.evaluations.gradient],
+                "evaluations": list(astuple(density.evaluations)),
                 "schedule": list(self.schedule),
             },
         )
@@ -546,7 +559,9 @@ class DiffusionSampler:
             Buffer(rounds), content["steps"], content["loss_sum"], history, content["seconds"]
         )
         self.schedule = Schedule(*content["schedule"])
-        density.evaluations.density, density.evaluations.gradient = content["evaluations"]
+        counted = Evaluations(*content["evaluations"])
+        density.evaluations.density, density.evaluations.gradient = counted.density, counted.gradient
+        density.evaluations.not_a_number = counted.not_a_number
         torch.set_rng_state(content["rng"][0])
         for device, state in enumerate(content["rng"][1:]):
             torch.cuda.set_rng_state(state, device)

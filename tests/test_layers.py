@@ -85,9 +85,9 @@ def violations(module, source):
                 found.append(f"{module} imports its sibling {imported}")
         elif top == "pyro" and layer(module) <= PLAIN_TORCH:
             found.append(f"{module} (L{layer(module)}) imports {imported}")
-        elif top in ONLY_IN_DIAGNOSTICS and part(module) != "diagnostics":
-            found.append(f"{module} imports {imported}")
-        elif imported.startswith("torch.distributed") and "distributions" not in imported:
+        elif (top in ONLY_IN_DIAGNOSTICS and part(module) != "diagnostics") or (
+            imported.startswith("torch.distributed") and "distributions" not in imported
+        ):
             found.append(f"{module} imports {imported}")
     return found
 

@@ -26,7 +26,7 @@ def levels(num_steps=7, noise=None):
 def fitted_kernels(ratios, dim=2):
     """Kernels with factors and a start of their own, as after a fit."""
     num_steps = ratios.shape[0] - 1
-    factor = 0.8 + 0.7 * torch.rand(num_steps, dim, dtype=torch.float64)
+    factor = 1.2 + 0.5 * torch.rand(num_steps, dim, dtype=torch.float64)
     loc = torch.linspace(-0.3, 0.5, dim, dtype=torch.float64)
     scale = torch.sqrt(torch.linspace(0.9, 1.6, dim, dtype=torch.float64) + ratios[-1] ** 2)
     return Kernels(ratios, factor, loc, scale)
@@ -71,7 +71,9 @@ def replay(denoiser, kernels, noise, wrong=None):
     return y, total, torch.stack(forward_noise)
 
 
-WRONG = ["no start", "no scale", "no factor", "no V", "g for g²"]
+# Not every mistake is a bias: a forward kernel of another width still integrates to one. Each path shows them all.
+BIASED = ["no start", "no scale"]
+WRONG = [*BIASED, "no factor", "no V", "g for g²"]
 
 
 # ---------------------------------------------------------------------------------------------- exact
@@ -98,7 +100,7 @@ def test_any_diagonal_gaussian_is_exact_too():
     """The exact denoiser of ``N(m, diag s²)`` and its start: all weights equal again."""
     law = Mixture([1.0], [[0.7, -1.4]], [[[0.25, 0.0], [0.0, 2.2]]])
     r = levels()
-    start = torch.sqrt(torch.tensor([0.25, 2.2]) + r[-1] ** 2)
+    start = torch.sqrt(law.covariances[0].diagonal() + r[-1] ** 2)
     kernels = gaussian_kernels(r, 2)._replace(start_loc=law.means[0], start_scale=start)
     u, log_ratio = sample_paths(law.denoiser(), kernels, normal(8, 100, 2))
     torch.testing.assert_close(log_ratio, -law.log_prob(u), rtol=0, atol=1e-9)
@@ -240,7 +242,7 @@ def test_the_weights_integrate_to_the_evidence():
     """``E[w] = Z`` for D = 1 and K = 2 by Gauss–Hermite over all three normals of a path."""
     target = Mixture([0.35, 0.65], [[-0.8], [0.6]], [[[0.35]], [[0.5]]])
     ratios = torch.tensor([0.0, 0.7, 1.6], dtype=torch.float64)
-    factor = torch.tensor([[1.2], [1.1]], dtype=torch.float64)
+    factor = torch.tensor([[1.5], [1.3]], dtype=torch.float64)
     start = torch.sqrt(torch.tensor([1.4], dtype=torch.float64) + ratios[-1] ** 2)
     kernels = Kernels(ratios, factor, torch.tensor([0.1], dtype=torch.float64), start)
     denoiser = Denoiser(lambda x, c, _: torch.cat([0.2 * torch.sin(x) - 0.1, 0.1 * torch.cos(x) + c[:, None]], -1))
@@ -253,8 +255,8 @@ def test_the_weights_integrate_to_the_evidence():
 
     found = mean_weight(*sample_paths(denoiser, kernels, noise))
     assert found == pytest.approx(math.exp(LOG_Z), rel=1e-6)
-    for wrong in WRONG:
-        assert abs(mean_weight(*replay(denoiser, kernels, noise, wrong)[:2]) / found - 1) > 1e-3, wrong
+    for wrong in [*BIASED, "no V"]:
+        assert abs(mean_weight(*replay(denoiser, kernels, noise, wrong)[:2]) / found - 1) > 1e-2, wrong
 
 
 # ---------------------------------------------------------------------------------------- statistical
@@ -275,22 +277,22 @@ def test_the_evidence_is_unbiased_for_a_random_network():
     share = float(torch.softmax(log_w, 0).square().sum().reciprocal()) / len(log_w)
     assert 0.02 < share < 0.9, "the sampler must be wrong, but not so wrong that an error says nothing"
     assert off(*found) < 5
-    for wrong in WRONG:
+    for wrong in BIASED:
         assert off(*replay(denoiser, kernels, noise, wrong)[:2]) > 10, wrong
 
 
 def test_given_points_have_the_ratio_of_their_marginal():
-    """``E[exp(−R) | u]`` is the sampler's own density of u: here a Gaussian, by a factor that is no path's own."""
+    """``E[exp(−R) | u]`` is the sampler's own density of ``u``: compare with the histogram of its draws."""
     kernels = gaussian_kernels(levels(4, VE(0.5, 3.0)), 1)
     u = torch.linspace(-2, 2, 5, dtype=torch.float64)
-    rows = u.repeat_interleave(40_000)[:, None]
+    rows = u.repeat_interleave(10_000)[:, None]
     denoiser = Denoiser(random_network(1, 0.15))
     inverse = torch.exp(-path_log_ratio(denoiser, kernels, rows, normal(4, len(rows), 1))).reshape(5, -1)
-    draws, _ = sample_paths(denoiser, kernels, normal(5, 400_000, 1))
+    draws, _ = sample_paths(denoiser, kernels, normal(5, 200_000, 1))
     width = 0.1
     for centre, ratio in zip(u, inverse, strict=True):
         inside = ((draws - centre).abs() < width / 2).double()
         found, error = float(inside.mean()) / width, float(inside.std()) / width / math.sqrt(len(draws))
         expected, expected_error = float(ratio.mean()), float(ratio.std()) / math.sqrt(len(ratio))
         assert abs(found - expected) < 5 * math.hypot(error, expected_error)
-        assert abs(found - 1.2 * expected) > 5 * math.hypot(error, expected_error)
+        assert abs(found - 1.3 * expected) > 5 * math.hypot(error, expected_error)

@@ -24,6 +24,7 @@ from pyro.infer import SVI
 from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
+from pyro_sm.base import Draws
 from pyro_sm.corrections import ImportanceResampling
 from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.examples import eight_schools, galaxies
@@ -37,7 +38,6 @@ from pyro_sm.weights import effective_sample_size, evidence, pareto_smooth
 
 _SVI_STEPS = 1500
 _POOL = 40_000
-_SAMPLES = 20_000
 
 
 class Fit(NamedTuple):
@@ -102,6 +102,14 @@ def _base_for(name: str) -> GivenBase | None:
     return GivenBase(0.0, 25.0) if name == "gmm40" else None
 
 
+def _fit(draws: Draws, density: ModelDensity, training_evaluations: int) -> Fit:
+    """Resample the pool and name the sites."""
+    count = draws.z.shape[0]
+    z = draws.z[ImportanceResampling().apply(draws, count // 2)]
+    samples = {**density.unpack(z), **density.deterministics(z)}
+    return Fit(draws.log_weight, samples, training_evaluations, training_evaluations + count)
+
+
 def fit_by_sampler(name: str, problem: Problem, seed: int, budget: int, bar: bool) -> Fit:
     """``DiffusionSampler(model).run(data)`` with its defaults and a budget."""
     sampler = DiffusionSampler(
@@ -113,8 +121,7 @@ def fit_by_sampler(name: str, problem: Problem, seed: int, budget: int, bar: boo
     )
     sampler.run(*problem.args)
     training = sampler.history[-1].density_evaluations
-    draws = sampler.draws(_POOL)
-    return Fit(draws.log_weight, sampler.get_samples(_SAMPLES), training, training + _POOL)
+    return _fit(sampler.draws(_POOL), ModelDensity(problem.model, problem.args), training)
 
 
 def _svi(name: str, problem: Problem, seed: int, objective: ImportanceWeightedScoreMatching, steps: int) -> Fit:
@@ -129,9 +136,7 @@ def _svi(name: str, problem: Problem, seed: int, objective: ImportanceWeightedSc
         optim.step()
     training = objective.history[-1].density_evaluations
     density = ModelDensity(problem.model, problem.args)
-    draws = draw_from_guide(guide, density, _POOL, problem.args)
-    z = draws.z[ImportanceResampling().apply(draws, _SAMPLES)]
-    return Fit(draws.log_weight, {**density.unpack(z), **density.deterministics(z)}, training, training + _POOL)
+    return _fit(draw_from_guide(guide, density, _POOL, problem.args), density, training)
 
 
 def fit_by_svi(name: str, problem: Problem, seed: int, budget: int, bar: bool) -> Fit:

@@ -17,18 +17,20 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn.module import PyroParam, pyro_method
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
@@ -195,7 +197,7 @@ class AutoDiffusion(AutoContinuous):
                     )
                 frames[frame.name] = frame
             with helpful_support_errors(site):
-                shapes[name] = biject_to(site["fn"].support).inv(site["value"]).shape
+                shapes[name] = bijection_onto(site["fn"].support).inv(site["value"]).shape
         if not shapes:
             raise ModelRefusedError("the model has no continuous latent site: there is nothing to infer")
         self.prototype_trace = prototype
@@ -415,6 +417,30 @@ class AutoDiffusion(AutoContinuous):
 
     # -- what Pyro expects of an AutoContinuous ----------------------------------------------------------------
 
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample all sites; as ``AutoContinuous.forward``, with the bijections that ``ModelDensity`` uses.
+
+        Torch's own registry has none onto positive-definite matrices or their Cholesky factors.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for site, unconstrained in self._unpack_latent(latent):
+            name, event_dim = site["name"], site["fn"].event_dim
+            transform = bijection_onto(site["fn"].support)
+            value = transform(unconstrained)
+            log_density: Tensor | float = 0.0
+            if poutine.get_mask() is not False:
+                pointwise = -transform.log_abs_det_jacobian(unconstrained, value)
+                log_density = sum_rightmost(pointwise, pointwise.dim() - value.dim() + event_dim)
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
+                result[name] = pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=event_dim))
+        return result
+
     def get_posterior(self, *args: Any, **kwargs: Any) -> DiffusionPosterior:
         """The posterior over the packed latent (D,): reparametrised draws, and their log density."""
         return DiffusionPosterior(self.diffusion(args, kwargs))
@@ -440,7 +466,7 @@ class AutoDiffusion(AutoContinuous):
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             shape = self._unconstrained_shapes[name]
             piece = z[:, start : start + shape.numel()].reshape(num_draws, *shape)
-            yield name, biject_to(site["fn"].support)(piece)
+            yield name, bijection_onto(site["fn"].support)(piece)
             start += shape.numel()
 
     @torch.no_grad()
@@ -449,7 +475,7 @@ class AutoDiffusion(AutoContinuous):
         self.setup(self._raw_model[0] if self._raw_model else self.model, args, kwargs)
         z, _ = self.diffusion(args, kwargs).draw(num_draws)
         middle = z.median(0).values
-        return {site["name"]: biject_to(site["fn"].support)(u) for site, u in self._unpack_latent(middle)}
+        return {site["name"]: bijection_onto(site["fn"].support)(u) for site, u in self._unpack_latent(middle)}
 
     @torch.no_grad()
     def quantiles(

@@ -80,7 +80,8 @@ class GivenBase:
         scale: a number, (D,) standard deviations, or (D, D) lower-triangular.
 
     Raises:
-        ValueError: on :meth:`fit`, if the shapes do not match the model or a scale is not positive.
+        ValueError: on :meth:`fit`, if the shapes do not match the model, a number is not finite, a scale is not
+            positive or a matrix not lower-triangular.
     """
 
     loc: Tensor | float
@@ -95,10 +96,17 @@ class GivenBase:
             raise ValueError(f"expected loc of shape () or ({dim},), found {tuple(loc.shape)}")
         if scale.shape not in ((), (dim,), (dim, dim)):
             raise ValueError(f"expected scale of shape (), ({dim},) or ({dim}, {dim}), found {tuple(scale.shape)}")
+        if not bool(torch.isfinite(loc).all()):
+            raise ValueError(f"expected a finite loc, found {loc.tolist()}")
         tril = scale if scale.ndim == 2 else torch.diag(scale.expand(dim))
         if not bool((tril.diagonal() > 0).all()) or not bool(torch.isfinite(tril).all()):
             raise ValueError("expected a finite scale with a positive diagonal")
-        return LocScale(loc.expand(dim).clone(), tril.tril().clone())
+        if bool((tril.triu(1) != 0).any()):
+            raise ValueError(
+                "expected a lower-triangular scale, found entries above the diagonal: of a covariance, pass "
+                "torch.linalg.cholesky(covariance)"
+            )
+        return LocScale(loc.expand(dim).clone(), tril.clone())
 
 
 def _finite_start(density: Density, draws: Tensor) -> Tensor:

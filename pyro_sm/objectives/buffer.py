@@ -10,6 +10,7 @@ Source: "Trust-region constrained annealing" https://arxiv.org/abs/2508.12511 .
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,14 @@ def damped_round(draws: Draws, num_guide: int, effective_share: float) -> Round:
     """A round with weights ``w^γ``, γ as large as an effective share τ of the draws allows.
 
     Raises:
-        ValueError: no draw has a finite density: nothing can be learned from this round.
+        ValueError: a density is ``+inf``, or none is finite: nothing can be learned from this round.
     """
+    if bool((draws.log_p == math.inf).any()):
+        raise ValueError(
+            f"the log density is +inf at {int((draws.log_p == math.inf).sum())} of {draws.z.shape[0]} draws: the "
+            "posterior cannot be normalised as written. Look for a scale that can shrink to zero onto a data point, or "
+            "a factor without a bound, and give it a prior that keeps it away"
+        )
     if not bool(torch.isfinite(draws.log_weight).any()):
         raise ValueError(
             f"none of {draws.z.shape[0]} draws has a finite density: the guide's base lies outside the model's "

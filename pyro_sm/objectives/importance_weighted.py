@@ -144,7 +144,7 @@ class ImportanceWeightedScoreMatching(ELBO):
         buffer = self.state.buffer
         if buffer.rounds:
             with torch.no_grad(), poutine.block():
-                index = resample(buffer.weights().log(), min(4096, self.num_particles * len(buffer.rounds)))
+                index = resample(buffer.weights().log(), min(2048, self.num_particles * len(buffer.rounds)))
                 guide.refit(buffer.latents()[index], args, kwargs)
 
     def _after_round(self, new: Round, density: Density) -> TrainingState:

@@ -21,7 +21,7 @@ class GaussianMixture:
 
     Args:
         num_modes: K (40, 80 or 120 in the literature).
-        dtype: of the means.
+        dtype: of the means; torch's default if None. Whatever it is, the means are the same.
     """
 
     dim = 2
@@ -30,7 +30,9 @@ class GaussianMixture:
     def __init__(self, num_modes: int = 40, dtype: torch.dtype | None = None) -> None:
         self.num_modes = num_modes
         generator = torch.Generator().manual_seed(0)
-        self.means = ((torch.rand(num_modes, 2, generator=generator) - 0.5) * 80).to(dtype)
+        # The published numbers are float32 draws; drawn in another dtype they would be other means.
+        means = (torch.rand(num_modes, 2, generator=generator, dtype=torch.float32) - 0.5) * 80
+        self.means = means.to(dtype or torch.get_default_dtype())
         self.scale = math.log1p(math.e)
 
     def log_prob(self, x: Tensor) -> Tensor:

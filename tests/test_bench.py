@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark commands measure what their tables say, and an interrupted run is not repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pyro_sm.__main__ import main
+from pyro_sm.bench import batching, known_answers
+
+
+def test_batching_measures_a_problem() -> None:
+    row = batching.measure("eight schools", 64, single=2, repeats=1)
+    assert row.dim == 10
+    assert row.method == "outer plate"
+    assert row.ratio > 5  # 64 latents at once against one: a weaker claim than the README's, for any machine
+    assert "eight schools (10)" in batching.table([row], 64)
+
+
+def test_known_answers_are_written_as_they_come_and_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_answers, "_POOL", 8_000)
+    out = tmp_path / "results.json"
+    command = ["bench", "known-answers", "--only", "eight-schools-noncentered:sampler", "--out", str(out)]
+    assert main([*command, "--budget", "4096"]) == 0
+    first = capsys.readouterr().out
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["training evaluations"] == 4096
+    assert abs(row["log Z error"]) < 0.1
+    assert row["mean error"] < 0.3
+    assert row["all evaluations"] == 12_096
+    assert main([*command, "--budget", "4096"]) == 0
+    assert capsys.readouterr().out == first
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_every_default_run_is_defined() -> None:
+    problems = known_answers.problems()
+    for problem, way in known_answers._DEFAULT_RUNS:
+        assert problem in problems
+        assert way in known_answers.WAYS
+
+
+@pytest.mark.parametrize("name", ["galaxies-3", "gmm40"])
+def test_scores_of_exact_draws_are_at_their_floor(name: str) -> None:
+    if name == "gmm40":
+        target = known_answers.GaussianMixture()
+        score = known_answers.problems()[name].score({"x": target.sample(20_000)})
+        assert score["modes"] == 40
+        assert score["mode TV"] < 0.03
+        one_lost = target.sample(20_000)
+        one_lost = one_lost[(one_lost - target.means[0]).norm(dim=1) > 6]
+        assert known_answers.problems()[name].score({"x": one_lost})["mode TV"] > 0.02
+    else:
+        import torch
+
+        mean = torch.rand(6000, 3)
+        score = known_answers.problems()[name].score({"mean": mean})
+        assert score["modes"] == 6
+        assert score["worst share error"] < 0.03
+        assert known_answers.problems()[name].score({"mean": mean.sort(1).values})["worst share error"] > 0.8
