@@ -13,15 +13,12 @@ import copy
 import itertools
 import math
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from types import FrameType
-from typing import Any, NamedTuple
+from dataclasses import astuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +34,7 @@ from pyro_sm.guides.bases import Base
 from pyro_sm.model import ModelDensity
 from pyro_sm.objectives.buffer import Buffer, Round
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching, TrainingState
+from pyro_sm.stopping import Schedule, StoppingRule, deferred_interrupt
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 _NAMES = itertools.count()
@@ -44,71 +42,6 @@ _CHECKPOINT_KEYS = (
     "settings", "sites", "seed", "guide", "optimiser", "rng", "rounds", "steps", "loss_sum", "seconds", "history",
     "evaluations", "schedule",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoppingRule:
-    """When training ends.
-
-    Args:
-        max_evaluations: budget of density evaluations for training; the learning rate reaches zero there.
-        patience: rounds over which the effective sample size must still rise.
-        min_rise: relative rise of its mean over ``patience`` rounds that counts as one.
-        anneal_rounds: fewest rounds over which the learning rate goes to zero.
-
-    Raises:
-        ValueError: a number that is not positive.
-    """
-
-    max_evaluations: int = 100_000
-    patience: int = 5
-    min_rise: float = 0.05
-    anneal_rounds: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("max_evaluations", "patience", "anneal_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
-
-    def converged(self, history: tuple[RoundInfo, ...]) -> bool:
-        """γ = 1 throughout the last ``patience`` rounds, and ESS no longer rising over them."""
-        if len(history) < 2 * self.patience:
-            return False
-        last, before = history[-self.patience :], history[-2 * self.patience : -self.patience]
-        rise = sum(info.ess for info in last) / max(sum(info.ess for info in before), 1e-12)
-        return all(info.gamma > 0.999 for info in last) and rise < 1 + self.min_rise
-
-
-class Schedule(NamedTuple):
-    """Where the run stands. ``anneal_start``: first round of annealing, or −1; ``anneal_end``: the round to stop at.
-
-    ``finished``: training has ended; ``run`` then only binds the data.
-    """
-
-    anneal_start: int = -1
-    anneal_end: int = -1
-    finished: bool = False
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted and acted upon between two steps; a second one interrupts at once."""
-    hit = False
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        nonlocal hit
-        if hit:
-            raise KeyboardInterrupt
-        hit = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: hit
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 class DiffusionSampler:
@@ -200,7 +133,7 @@ class DiffusionSampler:
             self._reopen_if_budget_grew()
             if self.schedule.finished:
                 return
-            with _deferred_interrupt() as interrupted, self._progress() as report:
+            with deferred_interrupt() as interrupted, self._progress() as report:
                 while not self.schedule.finished:
                     self._step(args, kwargs, report)
                     if interrupted():
@@ -275,8 +208,8 @@ class DiffusionSampler:
         if evaluations.not_a_number:
             share = evaluations.not_a_number / max(evaluations.density, 1)
             warnings.warn(
-                f"the log density was NaN at {evaluations.not_a_number} latents ({share:.1%} of those evaluated); they "
-                "were taken to be impossible. If the likelihood should be finite there, the posterior is wrong",
+                f"the log density was NaN at {evaluations.not_a_number} latents ({share:.1%} of those evaluated); "
+                "they were taken to be impossible. If the likelihood should be finite there, the posterior is wrong",
                 PyroSMWarning,
                 stacklevel=3,
             )

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyro_sm.__main__ import main
 from pyro_sm.bench import batching, known_answers
@@ -18,6 +19,15 @@ def test_batching_measures_a_problem() -> None:
     assert row.method == "outer plate"
     assert row.ratio > 5  # 64 latents at once against one: a weaker claim than the README's, for any machine
     assert "eight schools (10)" in batching.table([row], 64)
+
+
+def test_batching_prints_every_problem_and_gives_the_threads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert main(["bench", "batching", "--batch", "8", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 thread" in printed
+    assert all(name in printed for name in batching.PROBLEMS)
+    assert torch.get_num_threads() == threads
 
 
 def test_known_answers_are_written_as_they_come_and_not_repeated(
@@ -56,8 +66,6 @@ def test_scores_of_exact_draws_are_at_their_floor(name: str) -> None:
         one_lost = one_lost[(one_lost - target.means[0]).norm(dim=1) > 6]
         assert known_answers.problems()[name].score({"x": one_lost})["mode TV"] > 0.02
     else:
-        import torch
-
         mean = torch.rand(6000, 3)
         score = known_answers.problems()[name].score({"mean": mean})
         assert score["modes"] == 6

@@ -40,7 +40,7 @@ def density_of(process, law):
 @pytest.mark.parametrize("extra", [0.0, 0.7, torch.tensor([0.2, 0.0, 3.0, 1.0], dtype=torch.float64)])
 def test_wide_density_in_whitened_space(extra):
     u = 3 * torch.randn(4, 2, dtype=torch.float64)
-    variance = 1.8**2 + torch.as_tensor(extra).double().expand(4)
+    variance = 1.8**2 + torch.as_tensor(extra, dtype=torch.float64).expand(4)
     expected = torch.distributions.Normal(0.0, variance.sqrt()[:, None]).log_prob(u).sum(-1)
     torch.testing.assert_close(WideComponent(0.1, 1.8).log_prob_white(u, extra), expected, **exact)
 
@@ -172,16 +172,22 @@ def test_the_evidence_is_unbiased_for_a_random_guide_too():
     process = process_of(Denoiser(random_network(2, 0.2)))
     density = density_of(process, two_modes())
     wide = WideComponent(0.4, 1.5)
+    torch.manual_seed(6)
     draws, num_guide = draw_defensively(process, density, wide, 40_000)
     found = evidence(draws.log_weight)
     assert found.log_evidence_se < 0.02
     assert abs(found.log_evidence - LOG_Z) < 5 * found.log_evidence_se
-    # log|det L| forgotten in the density of the wide component:
-    log_ratio = torch.log1p(torch.tensor(-0.4)) - torch.logaddexp(
-        draws.log_p - draws.log_weight,
-        torch.full((), -math.inf, dtype=torch.float64),
-    )
+    # The same draws by hand; log|det L| forgotten in the wide density would show.
+    torch.manual_seed(6)
+    z, log_ratio = process.draw(24_000)
+    outer = LOC + 1.5 * torch.randn(16_000, 2, dtype=torch.float64) @ TRIL.T
+    log_ratio = torch.cat([log_ratio, process.path_log_ratio(outer)])
+    z = torch.cat([z, outer])
     assert num_guide == 24_000
-    log_wide = wide.log_prob_white(process.to_white(draws.z))
-    own = torch.logsubexp if False else None
-    del log_ratio, own, log_wide
+    torch.testing.assert_close(draws.z, z, **exact)
+    log_wide = MultivariateNormal(LOC, scale_tril=1.5 * TRIL).log_prob(z)
+    log_p = density.log_prob(z)
+    weight = mixture_log_weight(log_p, log_ratio, log_wide, 0.4)
+    torch.testing.assert_close(draws.log_weight, weight, rtol=1e-9, atol=1e-9)
+    wrong = evidence(mixture_log_weight(log_p, log_ratio, log_wide + process.log_scale + math.log(2.25), 0.4))
+    assert abs(wrong.log_evidence - LOG_Z) > 10 * wrong.log_evidence_se

@@ -19,7 +19,7 @@ LAYERS = {
     "denoiser": 2, "sampling": 2, "targets": 2, "corrections": 2, "batch_and_match": 2,
     "model": 3, "examples": 3,
     "objectives": 4, "guides": 4, "diagnostics": 4,
-    "sampler": 5, "checkpoint": 5,
+    "sampler": 5, "checkpoint": 5, "stopping": 5,
     "__main__": 6, "demo": 6, "bench": 6, "": 6,
 }  # fmt: skip
 PLAIN_TORCH = 2  # the highest layer that must work without Pyro
@@ -36,7 +36,7 @@ SOURCES = {module_name(path): path.read_text() for path in sorted(ROOT.rglob("*.
 
 def part(module):
     """The first component below the package; all ``model_*`` files are one part."""
-    name = (module.split(".") + [""])[1]
+    name = [*module.split("."), ""][1]
     return "model" if name == "model" or name.startswith("model_") else name
 
 

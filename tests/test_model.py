@@ -19,7 +19,6 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch.distributions import constraints
 
 from pyro_sm.base import Density, Evaluations, ModelRefusedError, PyroSMWarning
-from pyro_sm.bench import batching as bench
 from pyro_sm.bench.batching_models import PROBLEMS
 from pyro_sm.model import ModelDensity, OneByOne, OuterPlate, VMap
 from pyro_sm.model_transforms import CholeskyBijection, PositiveDefiniteBijection
@@ -838,22 +837,6 @@ def test_module_parameters_are_live_but_never_enter_the_store():
             expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + dist.Normal(module(z)[:, 0], 1.0).log_prob(y)
         close(density.log_prob(z).detach(), expected)
     assert len(pyro.get_param_store()) == 0
-
-
-# ---------------------------------------------------------------- the benchmark
-
-
-def test_benchmark_table(capsys):
-    row = bench.measure("eight schools", 64, single=2, repeats=1)
-    assert (row.dim, row.method) == (10, "outer plate")
-    assert row.ratio > 5
-    assert "| eight schools (10) | outer plate |" in bench.table([row], 64)
-    threads = torch.get_num_threads()
-    assert bench.main(["--batch", "8", "--repeats", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "1 thread" in printed
-    assert all(name in printed for name in PROBLEMS)
-    assert torch.get_num_threads() == threads
 
 
 def test_enumeration_across_plates_by_hand():

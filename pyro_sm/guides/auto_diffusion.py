@@ -38,6 +38,7 @@ from pyro_sm.denoiser import Denoiser
 from pyro_sm.guides.bases import Base, PriorBase
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.model import ModelDensity
+from pyro_sm.model_trace import no_validation
 from pyro_sm.model_transforms import bijection_onto
 from pyro_sm.nn.mlp import MLP, Architecture
 from pyro_sm.noise import VE, Noise, ratio_levels
@@ -182,7 +183,8 @@ class AutoDiffusion(AutoContinuous):
             return self._prototype_hide_fn(msg) or bool(getattr(msg["fn"].support, "is_discrete", False))
 
         model = poutine.block(self.model, hide_fn=hide)
-        prototype = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+        with no_validation():  # only shapes count here: the likelihood may well be NaN at the starting point
+            prototype = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
         if self.master is not None:
             self.master()._check_prototype(prototype)
         frames, shapes, stacks = {}, {}, {}

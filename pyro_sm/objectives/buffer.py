@@ -41,8 +41,8 @@ def damped_round(draws: Draws, num_guide: int, effective_share: float) -> Round:
     if bool((draws.log_p == math.inf).any()):
         raise ValueError(
             f"the log density is +inf at {int((draws.log_p == math.inf).sum())} of {draws.z.shape[0]} draws: the "
-            "posterior cannot be normalised as written. Look for a scale that can shrink to zero onto a data point, or "
-            "a factor without a bound, and give it a prior that keeps it away"
+            "posterior cannot be normalised as written. Look for a scale that can shrink to zero onto a data point, "
+            "or a factor without a bound, and give it a prior that keeps it away"
         )
     if not bool(torch.isfinite(draws.log_weight).any()):
         raise ValueError(
@@ -94,4 +94,5 @@ class Buffer(NamedTuple):
         """Indices (B,) into the buffer in proportion to ``weight`` (M,), by inverting its cumulative sum."""
         cumulative = torch.cumsum(weight.double(), 0)
         position = uniform.double() * cumulative[-1]
-        return torch.searchsorted(cumulative, position, right=True).clamp(max=weight.shape[0] - 1)
+        last = int(weight.nonzero()[-1])  # a position may round to the whole sum
+        return torch.searchsorted(cumulative, position, right=True).clamp(max=last)

@@ -151,7 +151,8 @@ def noised_buffer_log_prob(y: Tensor, r: Tensor, u: Tensor, wide: WideComponent)
     No model evaluations. ``(1−ρ) (1/M) Σ_j N(y; u_j, r²) + ρ N(y; 0, scale² + r²)``, whitened.
     """
     dim = y.shape[-1]
-    distance = torch.cdist(y, u).square()
+    # By matrix products, float32 distances below 1e-3 of the norms would be lost, and r is as small as that.
+    distance = torch.cdist(y, u, compute_mode="donot_use_mm_for_euclid_dist").square()
     kernel = -0.5 * (distance / r[:, None].square() + dim * torch.log(2 * math.pi * r[:, None].square()))
     own = torch.logsumexp(kernel, 1) - math.log(u.shape[0])
     if wide.share == 0:

@@ -67,7 +67,7 @@ def draw_defensively(
     Returns:
         The draws, the sampler's own first, and how many of them are the sampler's own.
     """
-    num_wide = round(wide.share * num_draws)
+    num_wide = min(round(wide.share * num_draws), num_draws - 1)
     z, log_ratio = process.draw(num_draws - num_wide)
     if num_wide:
         u = wide.scale * torch.randn(num_wide, process.dim, dtype=z.dtype, device=z.device)
