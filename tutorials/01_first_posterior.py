@@ -1,5 +1,4 @@
 # ---
-# # SPDX-License-Identifier: Apache-2.0
 # jupyter:
 #   jupytext:
 #     text_representation:
@@ -13,6 +12,8 @@
 
 # %% [markdown]
 # # A first posterior
+#
+# SPDX-License-Identifier: Apache-2.0
 #
 # You have a Pyro model and an SVI script. This notebook changes two lines of it, gets draws of the posterior that
 # can be used without weights, and reads off whether to trust them. Then it does the same for a posterior with two
