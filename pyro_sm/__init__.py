@@ -14,7 +14,7 @@ from pyro_sm.objectives import (
     PathWeights,
 )
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
-from pyro_sm.sampling.defensive import WideComponent
+from pyro_sm.sampling.defensive import PriorComponent, WideComponent
 
 __all__ = [
     "AutoDiffusion",
@@ -31,6 +31,7 @@ __all__ = [
     "ModelRefusedError",
     "PathWeights",
     "PriorBase",
+    "PriorComponent",
     "PyroSMWarning",
     "Raw",
     "StoppingRule",

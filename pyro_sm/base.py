@@ -67,6 +67,24 @@ class Density(Protocol):
         ...
 
 
+@runtime_checkable
+class HasPrior(Protocol):
+    """A density that is a prior times a likelihood, the prior one that can be drawn from and evaluated."""
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether it is so for this one: no improper prior, none that depends on a discrete latent."""
+        ...
+
+    def prior_draws(self, num_draws: int) -> Tensor:
+        """Draws (N, D) of the prior."""
+        ...
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Its normalised log density (B,) in nats at latents ``z`` (B, D)."""
+        ...
+
+
 class Draws(NamedTuple):
     """Latents with all that is known about them.
 
@@ -143,8 +161,8 @@ class DiffusionProcess(Protocol):
         """A score in latent space (B, D) as the score in whitened space."""
         ...
 
-    def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Error and log variance, both (B, D), of the denoiser at noised whitened points; see ``denoiser.py``."""
+    def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Error, log variance and target, each (B, D), of the denoiser at noised points; see ``denoiser.py``."""
         ...
 
 
@@ -166,6 +184,31 @@ class DiffusionGuide(Protocol):
 
     def refit(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refit what is fitted by moments (kernel variances, start) to equally weighted latents (N, D)."""
+        ...
+
+
+class PathDraws(NamedTuple):
+    """Draws as functions of given noise and of the guide's parameters, so that both may be differentiated.
+
+    ``z``: (N, D). ``log_q``: (N,) the guide's log density at ``z``, nats. ``weight``: (N,), summing to one and
+    differentiable: ``E_q f ≈ Σ weight · f(z)``; ``1/N`` unless the draws are stratified.
+    """
+
+    z: Tensor
+    log_q: Tensor
+    weight: Tensor
+
+
+@runtime_checkable
+class PathGuide(Protocol):
+    """A guide that maps noise to draws and probabilities differentiably, such as AutoGaussianMixture."""
+
+    def path_draws(self, noise: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PathDraws:
+        """Draws from standard normal ``noise`` (N, D); row i of every result depends on row i only."""
+        ...
+
+    def latent_log_prob(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """``log q`` (N,) of any latents (N, D), differentiable, nats."""
         ...
 
 

@@ -38,11 +38,13 @@ _LOG_VARIANCE_RANGE = (-14.0, 6.0)
 class Regression(NamedTuple):
     """Residual of one denoising regression.
 
-    ``error``: (B, D) ``F − F*``. ``log_variance``: (B, D) ``h``.
+    ``error``: (B, D) ``F − F*``. ``log_variance``: (B, D) ``h``. ``target``: (B, D) ``F*``, minus the error of an
+    untrained network.
     """
 
     error: Tensor
     log_variance: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,4 +81,5 @@ class Denoiser:
         r = r[:, None]
         v = 1 + r * r
         mean, log_variance = self.field(y / torch.sqrt(v), torch.log(r[:, 0]))
-        return Regression(mean - (target_mean - y / v) * torch.sqrt(v) / r, log_variance)
+        target = (target_mean - y / v) * torch.sqrt(v) / r
+        return Regression(mean - target, log_variance, target)

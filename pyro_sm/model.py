@@ -116,6 +116,7 @@ class ModelDensity:
             raise ValueError(f"expected a positive chunk_size, found {chunk_size}")
         self.evaluations = Evaluations()
         self.verification_evaluations = Evaluations()
+        self._has_prior: bool | None = None
         self._traced = TracedModel(model, tuple(args), dict(kwargs or {}))
         with torch.inference_mode(False), isolated_rng(0):
             structure, traces = inspect_model(self._traced, max_plate_nesting=max_plate_nesting)
@@ -278,6 +279,44 @@ class ModelDensity:
         with torch.no_grad():
             z = self.pack(self._collect_random(read, {}, num_draws, shapes))
         return finite(z)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether :meth:`log_prior` is the density of :meth:`prior_draws` for this model."""
+        if self._has_prior is None:
+            try:
+                self._has_prior = bool(torch.isfinite(self.log_prior(self._probe)).any())
+            except (NotImplementedError, ValueError):
+                self._has_prior = False
+        return self._has_prior
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log density (B,) in nats of :meth:`prior_draws` at ``z`` (B, D): no data, no factors, no scales, no masks.
+
+        Not part of ``evaluations``: the likelihood, which costs, is not evaluated.
+
+        Raises:
+            NotImplementedError: a prior is improper, or depends on a discrete latent.
+        """
+        if self.improper:
+            raise NotImplementedError(f"the prior of the latent site {self.improper[0]!r} is improper")
+        names = [site.name for site in self.sites]
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            sites = nodes(self._traced.condition(values, size))
+            with no_validation():
+                terms = [sites[name]["fn"].log_prob(values[name]) for name in names]
+            if size is None:
+                if any(term.numel() > values[name].numel() for name, term in zip(names, terms, strict=True)):
+                    raise NotImplementedError("the prior of a continuous latent depends on a discrete one")
+                return {"log_prior": torch.stack([term.sum() for term in terms]).sum()}
+            return {"log_prior": torch.stack([term.reshape(size, -1).sum(-1) for term in terms]).sum(0)}
+
+        z = self._checked(z)
+        with torch.no_grad():
+            value = self._collect_checked(read, z, {"log_prior": Size([])})["log_prior"].to(self.dtype)
+            log_det = self._structure.constrain(z)[1]
+        return _without_nan(value if log_det is None else value + log_det)
 
     def posterior_predictive(self, z: Tensor) -> dict[str, Tensor]:
         """Fresh draws of the observed sites, and the deterministic sites, given the latents.

@@ -29,9 +29,10 @@ from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.summary import summary_table
-from pyro_sm.guides.auto_diffusion import AutoDiffusion, same_arguments, tensor_versions
+from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bases import Base
 from pyro_sm.model import ModelDensity
+from pyro_sm.model_cache import same_arguments, tensor_versions
 from pyro_sm.objectives.buffer import Buffer, Round
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching, TrainingState
 from pyro_sm.stopping import Schedule, StoppingRule, deferred_interrupt
@@ -108,6 +109,7 @@ class DiffusionSampler:
         self._data: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._data_versions: tuple[int, ...] = ()
         self._pool_of_draws: Draws | None = None
+        self._drawn = Evaluations()
         self._last_saved = -math.inf
 
     # -- running -----------------------------------------------------------------------------------------------
@@ -133,6 +135,7 @@ class DiffusionSampler:
             self._reopen_if_budget_grew()
             if self.schedule.finished:
                 return
+            self._pool_of_draws = None
             with deferred_interrupt() as interrupted, self._progress() as report:
                 while not self.schedule.finished:
                     self._step(args, kwargs, report)
@@ -143,8 +146,6 @@ class DiffusionSampler:
                     raise KeyboardInterrupt(
                         f"stopped after {len(self.history)} rounds; run() with the same arguments goes on"
                     )
-            self.objective.refit(self.guide, args, kwargs)
-            self._pool_of_draws = None
             self._warn_of_nan()
         self._save_if_asked(force=True)
 
@@ -194,6 +195,7 @@ class DiffusionSampler:
         self.guide = copy.deepcopy(self._untrained)
         self.objective.state = TrainingState()
         self.schedule = Schedule()
+        self._drawn = Evaluations()
         self._optimiser = None
         self._pool_of_draws = None
         torch.manual_seed(self.seed)
@@ -271,6 +273,8 @@ class DiffusionSampler:
             if self.schedule.anneal_start >= 0:
                 last = min(last, self.schedule.anneal_end)
             ended = len(self.history) >= last
+            if ended:  # before the save, so that a checkpoint that says "finished" is
+                self.objective.refit(self.guide, args, kwargs)
             self.schedule = self.schedule._replace(finished=ended)
             self._save_if_asked(force=False)
 
@@ -302,8 +306,9 @@ class DiffusionSampler:
 
         See :meth:`~pyro_sm.AutoDiffusion.draw_weighted`: the last tenth is the wide component's.
         """
-        density = self._density()
         if self._pool_of_draws is None or self._pool_of_draws.z.shape[0] < num_draws:
+            density = copy.copy(self._density())
+            density.evaluations = self._drawn  # apart from those of training, which has a budget
             args, kwargs = self._data or ((), {})
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed + 7919)
@@ -365,7 +370,7 @@ class DiffusionSampler:
         provenance = Provenance(
             objective=type(self.objective).__name__,
             seed=self.seed,
-            density_evaluations=density.evaluations.density,
+            density_evaluations=density.evaluations.density + self._drawn.density,
             gradient_evaluations=density.evaluations.gradient,
         )
         with torch.random.fork_rng():
@@ -383,10 +388,11 @@ class DiffusionSampler:
     def report(self) -> str:
         """Evidence, weights and cost in three lines."""
         density, last = self._density(), self.history[-1]
+        values = density.evaluations.density + self._drawn.density
         return (
             f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats\n"
             f"weights       Pareto k̂ {self.khat:.2f} (trust below 0.7), effective share {self.ess:.2f}\n"
-            f"cost          {density.evaluations.density} density and {density.evaluations.gradient} gradient "
+            f"cost          {values} density and {density.evaluations.gradient} gradient "
             f"evaluations ({density.batching_method}), {len(self.history)} rounds, {last.seconds:.0f} s of training"
         )
 
@@ -484,6 +490,7 @@ class DiffusionSampler:
             for r in content["rounds"]
         )
         self._check_data(rounds, density)
+        self._pool_of_draws = None
         self.guide.load_state_dict(content["guide"])
         if self._optimiser is not None:
             self._optimiser.load_state_dict(content["optimiser"])

@@ -159,7 +159,8 @@ def test_regression_measures_the_moments():
     denoiser = Denoiser(random_network(2))
     y, r = batch()
     u = torch.randn_like(y)
-    error, log_variance = denoiser.regression(u, y, r)
+    error, log_variance, target = denoiser.regression(u, y, r)
+    torch.testing.assert_close(-Denoiser(zero_network(2)).regression(u, y, r).error, target)
     mean, variance = denoiser.moments(y, r)
     scale = torch.sqrt(1 + r**2)[:, None] / r[:, None]
     torch.testing.assert_close(error, (mean - u) * scale, rtol=1e-9, atol=1e-11)

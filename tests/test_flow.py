@@ -47,7 +47,7 @@ def exact_kernels(law):
 
 
 def exact_flow(law, **solver):
-    return ProbabilityFlow(law.denoiser(), exact_kernels(law), FlowSolver(**(TIGHT | solver)))
+    return ProbabilityFlow(law.denoiser(), exact_kernels(law), FlowSolver(**({"rtol": 1e-6, "atol": 1e-6} | solver)))
 
 
 def correlated_gaussian():
@@ -106,7 +106,7 @@ def test_an_exact_denoiser_has_the_density_of_its_law(law):
     found = exact_flow(law).log_prob(u)
     torch.testing.assert_close(found, law.log_prob(u), rtol=0, atol=1e-4)
     for factor in (-1.0, 0.0):
-        wrong = exact_flow(law, rtol=1e-5, atol=1e-5, divergence=Mistaken(factor)).log_prob(u)
+        wrong = exact_flow(law, rtol=1e-3, atol=1e-3, divergence=Mistaken(factor)).log_prob(u)
         assert float((wrong - law.log_prob(u)).abs().mean()) > 0.1
 
 
@@ -154,7 +154,7 @@ def test_log_dets_against_the_jacobian_of_the_whole_map():
 
 def test_the_density_integrates_to_one():
     """In latent space, with a correlated base: quadrature over a grid that is large enough."""
-    axis = torch.linspace(-6.5, 6.5, 40, dtype=torch.float64)
+    axis = torch.linspace(-9, 9, 55, dtype=torch.float64)
     u = torch.cartesian_prod(axis, axis)
     cell = float(axis[1] - axis[0]) ** 2 * float(torch.linalg.det(TRIL))
 
@@ -171,7 +171,7 @@ def test_the_density_integrates_to_one():
 
 
 def test_one_dimension_integrates_to_one_too():
-    u = torch.linspace(-8, 8, 201, dtype=torch.float64)
+    u = torch.linspace(-30, 30, 1001, dtype=torch.float64)
     network = Denoiser(random_network(1, 1.0))
     total = float(flow_of(network, 1).log_prob(u[:, None]).exp().sum() * (u[1] - u[0]))
     assert total == pytest.approx(1, abs=1e-5)
@@ -247,7 +247,7 @@ def test_hutchinson_draws_its_probes_once_per_trajectory():
         torch.manual_seed(3)
         flow = flow_of(network, 3, rtol=tolerance, atol=tolerance, divergence=Hutchinson(2))
         results.append(flow.log_prob(u))
-    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-3)
 
 
 def test_the_divergence_follows_the_dimension():

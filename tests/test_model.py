@@ -861,3 +861,49 @@ def test_enumeration_across_plates_by_hand():
     close(density.log_prob(z), expected)
     vmap = ModelDensity(model, batching=VMap())
     close(vmap.log_prob(z), expected)
+
+
+def test_log_prior_is_the_density_of_prior_draws():
+    """Against torch.distributions by hand: no data, no scale, no mask, with the Jacobian."""
+
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfCauchy(2.0))
+        with pyro.poutine.scale(scale=3.0), pyro.plate("group", 3):
+            theta = pyro.sample("theta", dist.Normal(1.0, tau))
+        pyro.factor("extra", -theta.sum(-1))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    density = ModelDensity(model, (torch.zeros(3),))
+    z = density.prior_draws(6)
+    tau, theta = density.unpack(z)["tau"], density.unpack(z)["theta"]
+    by_hand = dist.HalfCauchy(2.0).log_prob(tau) + tau.log() + dist.Normal(1.0, tau[:, None]).log_prob(theta).sum(1)
+    assert density.has_prior
+    assert torch.allclose(density.log_prior(z), by_hand, rtol=1e-4, atol=1e-4)
+    counted = density.evaluations.density
+    density.log_prior(z)
+    assert density.evaluations.density == counted
+
+
+def test_log_prior_needs_a_proper_prior_free_of_discrete_latents():
+    def improper():
+        x = pyro.sample("x", dist.ImproperUniform(constraints.real, torch.Size(), torch.Size()))
+        pyro.factor("f", -x.square())
+
+    def mixed():
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+        x = pyro.sample("x", dist.Normal(torch.tensor([-3.0, 3.0])[k], 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    def local():
+        x = pyro.sample("x", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", 4):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(x * k, 1.0), obs=torch.ones(4))
+
+    assert not ModelDensity(improper).has_prior
+    assert not ModelDensity(mixed).has_prior
+    density = ModelDensity(local)
+    assert density.has_prior
+    z = torch.tensor([[0.3], [-2.0]])
+    assert torch.allclose(density.log_prior(z), dist.Normal(0.0, 2.0).log_prob(z[:, 0]))

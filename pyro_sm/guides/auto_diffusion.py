@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -38,11 +38,12 @@ from pyro_sm.denoiser import Denoiser
 from pyro_sm.guides.bases import Base, PriorBase
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.model import ModelDensity
+from pyro_sm.model_cache import Cache, bound_density
 from pyro_sm.model_trace import no_validation
 from pyro_sm.model_transforms import bijection_onto
 from pyro_sm.nn.mlp import MLP, Architecture
 from pyro_sm.noise import VE, Noise, ratio_levels
-from pyro_sm.sampling.defensive import WideComponent, draw_defensively
+from pyro_sm.sampling.defensive import Defence, default_defence, draw_defensively
 from pyro_sm.sampling.diffusion import Diffusion
 from pyro_sm.sampling.flow import FlowSolver
 from pyro_sm.sampling.reverse import Kernels, gaussian_kernels
@@ -59,44 +60,6 @@ _PARAMETERS = (
 )
 # Which guide a store entry belongs to: Pyro hands a second guide of the same name the first one's tensors silently.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-class _CachedDensity(NamedTuple):
-    """A density and the exact model and arguments it was made for."""
-
-    model: Callable[..., Any]
-    args: Args
-    kwargs: Kwargs
-    versions: tuple[int, ...]
-    density: ModelDensity
-
-
-def tensor_versions(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
-    """How often each tensor was changed in place: a tensor compared with itself does not show it."""
-    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-    return tuple(0 if a.is_inference() else a._version for a in tensors)
-
-
-def _same_value(a: Any, b: Any) -> bool:
-    """Whether two arguments are the same data; what cannot be compared is taken to differ."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-    try:
-        return type(a) is type(b) and bool(a == b)
-    except (ValueError, RuntimeError, TypeError):  # containers of arrays compare to no single truth value
-        return False
-
-
-def same_arguments(args: Args, kwargs: Kwargs, other_args: Args, other_kwargs: Kwargs) -> bool:
-    """Whether two calls of a model have the same arguments, by identity or by value."""
-    return (
-        len(args) == len(other_args)
-        and kwargs.keys() == other_kwargs.keys()
-        and all(_same_value(a, b) for a, b in zip(args, other_args, strict=True))
-        and all(_same_value(kwargs[k], other_kwargs[k]) for k in kwargs)
-    )
 
 
 def init_to_median_or_origin(site: Any = None) -> Any:
@@ -169,7 +132,7 @@ class AutoDiffusion(AutoContinuous):
         self.architecture = architecture or MLP()
         self.context = context
         self.solver = solver or FlowSolver()
-        self._cached_densities: tuple[_CachedDensity, ...] = ()
+        self._cached_densities: Cache = ()
         self._skeleton: tuple[nn.Module] | None = None
         self._shapes: list[tuple[str, torch.Size]] = []
         self._dimensions: tuple[int, int] | None = None
@@ -364,17 +327,11 @@ class AutoDiffusion(AutoContinuous):
     @pyro_method
     def density(self, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> ModelDensity:
         """The model's batched density on this data; verified once, then rebound while only data change."""
-        held = [c for c in self._cached_densities if c.model is model]
-        for cached in held:
-            unchanged = tensor_versions(cached.args, cached.kwargs) == cached.versions
-            if unchanged and same_arguments(args, kwargs, cached.args, cached.kwargs):
-                return cached.density
-        density = held[-1].density.with_data(args, kwargs) if held else ModelDensity(model, args, kwargs)
-        if self.prototype_trace is not None:
-            self._check_sites(density)
-        new = _CachedDensity(model, args, dict(kwargs), tensor_versions(args, kwargs), density)
-        # More than one, so that a look at held-out data does not cost the training data theirs.
-        self._cached_densities = (*self._cached_densities, new)[-4:]
+        density, cache = bound_density(self._cached_densities, model, args, kwargs)
+        if cache is not self._cached_densities:
+            if self.prototype_trace is not None:
+                self._check_sites(density)
+            self._cached_densities = cache
         return density
 
     def _check_sites(self, density: ModelDensity) -> None:
@@ -406,16 +363,17 @@ class AutoDiffusion(AutoContinuous):
         args: Args = (),
         kwargs: Kwargs | None = None,
         *,
-        wide: WideComponent | None = None,
+        wide: Defence | None = None,
     ) -> Draws:
         """Independent draws with their density and log weight; ``num_draws`` density evaluations.
 
-        The guide's own draws come first; the last tenth (or what ``wide`` says) is the wide component's, so that
+        The guide's own draws come first; the last tenth (or what ``wide`` says) is the prior's (or, if it is
+        improper, a widened base's), so that
         the weights, and the k̂ computed from them, see what the guide has lost within its reach.
         """
         with torch.no_grad(), poutine.block():
             process = self.diffusion(args, kwargs)
-            return draw_defensively(process, density, wide or WideComponent(), num_draws)[0]
+            return draw_defensively(process, density, wide or default_defence(density), num_draws)[0]
 
     # -- what Pyro expects of an AutoContinuous ----------------------------------------------------------------
 

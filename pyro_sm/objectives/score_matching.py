@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess
 from pyro_sm.objectives.buffer import Buffer
-from pyro_sm.sampling.defensive import WideComponent
+from pyro_sm.sampling.defensive import Defence, WideComponent, default_defence
 
 # The variance head learns from the same residuals; half weight keeps the mean, which matters more, in front.
 _VARIANCE_WEIGHT = 0.5
@@ -57,11 +57,15 @@ class Weighting(Protocol):
         """K, inner density evaluations per row and step."""
         ...
 
+    def defence(self, density: Density) -> Defence:
+        """The wide component to use if none is given."""
+        ...
+
     def loss(
         self,
         process: DiffusionProcess,
         density: Density,
-        wide: WideComponent,
+        wide: Defence,
         buffer: Buffer,
         step: StepNoise,
     ) -> Tensor:
@@ -89,14 +93,16 @@ def draw_step_noise(ratios: Tensor, batch_size: int, dim: int, num_inner: int) -
 
 
 def denoising_loss(process: DiffusionProcess, u: Tensor, r: Tensor, noise: Tensor) -> Tensor:
-    """``mean_d [e² + ½ · ½(h + e² exp(−h))]`` (B,) against clean points ``u`` (B, D); e² in the second is fixed.
+    """Regression loss per row (B,), less that of an untrained network on the very same row.
 
-    1.25 for an untrained guide whose base is the target; less where it has learned that the target is narrower.
+    ``mean_d [e² − F*² + ½ · ½(h + e² exp(−h) − F*²)]`` against clean points ``u`` (B, D); ``e²`` in the second term
+    is fixed. What is subtracted does not depend on the network: gradients are those of the plain loss, but the
+    number is 0 for an untrained guide, negative once it has learned something, and free of most of the noise.
     """
-    error, log_variance = process.regression(u, u + r[:, None] * noise, r)
-    square = error.square()
-    variance_term = 0.5 * (log_variance + square.detach() * torch.exp(-log_variance))
-    return (square + _VARIANCE_WEIGHT * variance_term).mean(-1)
+    error, log_variance, target = process.regression(u, u + r[:, None] * noise, r)
+    square, start = error.square(), target.square()
+    variance_term = 0.5 * (log_variance + square.detach() * torch.exp(-log_variance) - start)
+    return (square - start + _VARIANCE_WEIGHT * variance_term).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -108,17 +114,23 @@ class PathWeights:
         """None: the density is evaluated once per draw, not per step."""
         return 0
 
+    def defence(self, density: Density) -> Defence:
+        """The prior where the model has one, else the widened base."""
+        return default_defence(density)
+
     def loss(
         self,
         process: DiffusionProcess,
         density: Density,
-        wide: WideComponent,
+        wide: Defence,
         buffer: Buffer,
         step: StepNoise,
     ) -> Tensor:
         """Denoising loss of rows picked by weight."""
-        index = buffer.pick(buffer.weights(), step.pick)
-        return denoising_loss(process, process.to_white(buffer.latents()[index]), step.level, step.noise)
+        # Without grad: a base wider than the draws would lower the loss and teach the network nothing.
+        with torch.no_grad():
+            u = process.to_white(buffer.latents()[buffer.pick(buffer.weights(), step.pick)])
+        return denoising_loss(process, u, step.level, step.noise)
 
 
 class MarginalEstimate(NamedTuple):
@@ -182,19 +194,25 @@ class MarginalWeights:
         if self.num_inner < 1 or self.max_kernels < 1:
             raise ValueError(f"expected positive counts, found {self.num_inner} and {self.max_kernels}")
 
+    def defence(self, density: Density) -> Defence:
+        """The widened base: its noised density is known, the prior's is not."""
+        return WideComponent()
+
     def loss(
         self,
         process: DiffusionProcess,
         density: Density,
-        wide: WideComponent,
+        wide: Defence,
         buffer: Buffer,
         step: StepNoise,
     ) -> Tensor:
-        """``B w̄ λ ‖s − Ŝ‖²/D`` per row with ``λ = r²``; ``w̄`` sums to 1 over the B rows.
+        """``B w̄ λ (‖s − Ŝ‖² − ‖s_0 − Ŝ‖²)/D`` per row, ``λ = r²``, ``s_0`` the untrained score; ``w̄`` sums to 1.
 
         The clean points are the buffer's draws alike, whatever their path weight. The variance head has no target
         in this form and is held near zero; the fitted variance factors do its work.
         """
+        if not isinstance(wide, WideComponent):
+            raise TypeError(f"MarginalWeights needs a WideComponent, whose noised density is known; found {wide!r}")
         own = torch.cat([r.draws.z[: r.num_guide] for r in buffer.rounds])
         with torch.no_grad():
             latents = buffer.latents()
@@ -209,7 +227,7 @@ class MarginalWeights:
             weight = torch.softmax(log_weight, 0) * log_weight.shape[0]
             square_ratio = step.level.square()[:, None]
             target = y + square_ratio * estimate.score
-        error, log_variance = process.regression(target, y, step.level)
+        error, log_variance, start = process.regression(target, y, step.level)
         # The denoiser's error is F − F* = r √(1+r²) (s − Ŝ).
-        square = error.square() / (1 + square_ratio)
+        square = (error.square() - start.square()) / (1 + square_ratio)
         return weight * square.mean(-1) + 1e-2 * log_variance.square().mean(-1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""A wide component beside the sampler's own paths: draws whose weights cannot hide what the sampler has lost.
 
-N draws mix a share ``1 − ρ`` of the sampler's paths with a share ``ρ`` from a *wide* Gaussian ``b`` (the base,
-scaled), noised forward along the same kernels. On path space this is one proposal,
+N draws mix a share ``1 − ρ`` of the sampler's paths with a share ``ρ`` from a *wide* component ``b`` (the model's
+prior, or the base, scaled), noised forward along the same kernels. On path space this is one proposal,
 ``(1−ρ) N_T Π B + ρ b(x_0) Π F``, and every draw gets the balance-heuristic weight
 
     ``w = p̃(z) / [(1−ρ) exp(−R) + ρ b(z)]``,   ``E[w] = Z``,   ``w ≤ p̃(z)/(ρ b(z))``,
@@ -18,11 +18,71 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_sm.base import Density, DiffusionProcess, Draws
+from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
+
+
+class Defence(Protocol):
+    """A component ``b`` that looks elsewhere, and its share of the draws."""
+
+    @property
+    def share(self) -> float:
+        """ρ in [0, 1)."""
+        ...
+
+    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> Tensor:
+        """Latents (N, D) from ``b``."""
+        ...
+
+    def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
+        """``log b(z)`` (B,) in nats, normalised, for latents ``z`` (B, D)."""
+        ...
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a share in [0, 1), found {share}")
+
+
+@dataclass(frozen=True)
+class PriorComponent:
+    """``b`` = the model's own prior: then ``w ≤ p(data | z)/ρ``, bounded wherever the likelihood is.
+
+    The prior has the geometry of the model (the neck of a hierarchical funnel, the tails of a scale), which no
+    Gaussian has; its draws cost one density evaluation each, like all others.
+
+    Args:
+        share: ρ in [0, 1).
+
+    Raises:
+        ValueError: a share outside [0, 1).
+        TypeError: at the first draw, if the density has no prior that can be drawn from and evaluated.
+    """
+
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    def _prior(self, density: Density) -> HasPrior:
+        if not isinstance(density, HasPrior) or not density.has_prior:
+            raise TypeError(
+                "PriorComponent needs a model whose prior can be drawn from and evaluated (none improper, none that "
+                "depends on a discrete latent): use WideComponent()"
+            )
+        return density
+
+    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> Tensor:
+        """Prior draws."""
+        return self._prior(density).prior_draws(num_draws)
+
+    def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
+        """Prior log density."""
+        return self._prior(density).log_prior(z)
 
 
 @dataclass(frozen=True)
@@ -41,8 +101,7 @@ class WideComponent:
     scale: float = 1.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise ValueError(f"expected a share in [0, 1), found {self.share}")
+        _check_share(self.share)
         if not self.scale > 0:
             raise ValueError(f"expected a positive scale, found {self.scale}")
 
@@ -50,6 +109,21 @@ class WideComponent:
         """``log N(u; 0, scale² + extra_variance)`` (B,) in whitened space; ``extra_variance``: () or (B,)."""
         variance = torch.as_tensor(self.scale**2 + extra_variance, dtype=u.dtype, device=u.device)
         return -0.5 * (u.square().sum(-1) / variance + u.shape[-1] * torch.log(2 * math.pi * variance))
+
+    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> Tensor:
+        """Draws of the widened base."""
+        like = process.ratios
+        noise = torch.randn(num_draws, process.dim, dtype=like.dtype, device=like.device)
+        return process.to_latent(self.scale * noise)
+
+    def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
+        """Log density of the widened base."""
+        return self.log_prob_white(process.to_white(z)) - process.log_scale
+
+
+def default_defence(density: Density) -> Defence:
+    """The prior where the model has one, else the widened base; a tenth of the draws."""
+    return PriorComponent() if isinstance(density, HasPrior) and density.has_prior else WideComponent()
 
 
 def mixture_log_weight(log_p: Tensor, log_ratio: Tensor, log_wide: Tensor, share: float) -> Tensor:
@@ -60,22 +134,21 @@ def mixture_log_weight(log_p: Tensor, log_ratio: Tensor, log_wide: Tensor, share
 
 
 def draw_defensively(
-    process: DiffusionProcess, density: Density, wide: WideComponent, num_draws: int
+    process: DiffusionProcess, density: Density, defence: Defence, num_draws: int
 ) -> tuple[Draws, int]:
     """Draw the mixture, at the cost of ``num_draws`` density evaluations.
 
     Returns:
         The draws, the sampler's own first, and how many of them are the sampler's own.
     """
-    num_wide = min(round(wide.share * num_draws), num_draws - 1)
+    num_wide = min(round(defence.share * num_draws), num_draws - 1)
     z, log_ratio = process.draw(num_draws - num_wide)
     if num_wide:
-        u = wide.scale * torch.randn(num_wide, process.dim, dtype=z.dtype, device=z.device)
-        outer = process.to_latent(u)
+        outer = defence.draw(process, density, num_wide)
         z = torch.cat([z, outer])
         log_ratio = torch.cat([log_ratio, process.path_log_ratio(outer)])
     log_p = density.log_prob(z)
-    log_wide = wide.log_prob_white(process.to_white(z)) - process.log_scale
-    # The share that was drawn, not the one asked for: a share that rounds to no draws must not enter the weights.
-    log_weight = mixture_log_weight(log_p, log_ratio, log_wide, num_wide / num_draws)
-    return Draws(z, log_p, log_weight), num_draws - num_wide
+    if not num_wide:  # a share that rounds to no draws must not enter the weights
+        return Draws(z, log_p, log_p + log_ratio), num_draws
+    log_wide = defence.log_prob(process, density, z)
+    return Draws(z, log_p, mixture_log_weight(log_p, log_ratio, log_wide, num_wide / num_draws)), num_draws - num_wide

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Density estimation that sees the weights of separated modes: the mixture Fisher divergence in three steps.
+
+A *bridge* ``m`` covers the data. With ``0 < β < 1``
+
+1. an energy ``f`` is fitted, by any score-matching loss, to draws of ``βp + (1−β)m``: each row is data with
+   probability β, else a draw of m. The bridge connects the modes, so the loss sees their relative weight;
+2. ``log Z = log ∫ e^f`` comes from importance sampling, draws of m with weights ``e^f/m``: they are of order one,
+   and bounded below by ``1−β`` when f fits;
+3. the *corrected density* is ``q = [e^f/Z − (1−β)m]₊ / (β C)``; ``C`` is near one, and is what clipping at zero adds.
+
+Densities are per unit of x^D, logarithms in nats.
+
+Source: "Towards Healing the Blindness of Score Matching" https://arxiv.org/abs/2209.07396 .
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_sm.density import GaussianDensity
+from pyro_sm.model_energy import ModelEnergy
+from pyro_sm.objectives.density_estimation import EnergyObjective, ImplicitScoreMatching, checked_data
+from pyro_sm.weights import evidence, log_mean_exp, pareto_smooth, resample
+
+
+class Bridge(Protocol):
+    """A normalised density that covers the data, with draws: ``GaussianDensity``, for example."""
+
+    dim: int
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """``log m`` (B,) in nats, normalised, for ``z`` (B, D)."""
+        ...
+
+    def sample(self, num_draws: int) -> Tensor:
+        """Exact draws, (num_draws, D)."""
+        ...
+
+
+def gaussian_bridge(data: Tensor, widen: float = 1.0) -> GaussianDensity:
+    """The Gaussian with the mean and covariance of the data (N, D), its standard deviations times ``widen``.
+
+    Raises:
+        ValueError: the data are not (N, D), or their covariance is singular.
+    """
+    if data.ndim != 2 or len(data) < 2:
+        raise ValueError(f"expected data of shape (N, D) with N >= 2, found {tuple(data.shape)}")
+    covariance = torch.cov(data.T).reshape(data.shape[1], data.shape[1])
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    if int(info):
+        raise ValueError("expected data with a positive definite covariance: some columns are linear in others")
+    return GaussianDensity(data.mean(0), factor * widen)
+
+
+def correction(log_ratio: Tensor, beta: float) -> Tensor:
+    """``log ([r − (1−β)]₊ / β)`` (B,) for ``log r`` (B,), ``r = e^f/(Z m)``; ``-inf`` where it is clipped."""
+    excess = torch.exp(log_ratio) - (1 - beta)
+    large = log_ratio + torch.log1p(-torch.exp(math.log1p(-beta) - log_ratio).clamp(max=0.5))
+    value = torch.where(log_ratio > math.log(2 * (1 - beta)), large, torch.log(excess.clamp(min=0)))
+    return value - math.log(beta)
+
+
+class CorrectedDensity:
+    """``q = [e^f/Z − (1−β)m]₊ / (β C)``, normalised: to be evaluated and drawn from.
+
+    ``Z`` and ``C`` are estimated once from draws of the bridge, when this is built.
+
+    Args:
+        energy: ``f``, (B, D) -> (B,), nats.
+        bridge: ``m``.
+        beta: β.
+        num_draws: draws of the bridge.
+
+    Attributes:
+        log_z: ``log Z`` in nats, and log_z_se its standard error.
+        khat: Pareto shape of the weights ``e^f/m``; above 0.7 the bridge does not cover the model.
+        log_mass: ``log C``; the more it differs from 0, the worse the fit.
+        clipped: share of the bridge's mass on which ``q`` is zero because ``e^f/Z < (1−β)m``. Where there are no
+            data, half of it by noise alone.
+
+    Raises:
+        ValueError: no draw of the bridge has a finite energy, or the correction leaves nothing.
+    """
+
+    def __init__(
+        self, energy: Callable[[Tensor], Tensor], bridge: Bridge, beta: float, *, num_draws: int = 20_000
+    ) -> None:
+        self.energy = energy
+        self.bridge = bridge
+        self.beta = beta
+        self.dim = bridge.dim
+        with torch.no_grad():
+            draws = bridge.sample(num_draws)
+            log_w = self._log_ratio(draws)
+            self.log_z, self.log_z_se = evidence(log_w)
+            self.khat = pareto_smooth(log_w).khat
+            corrected = correction(log_w - self.log_z, beta)
+            self.clipped = float((corrected == -math.inf).double().mean())
+            self.log_mass = float(log_mean_exp(corrected.double()))
+        if not math.isfinite(self.log_z) or not math.isfinite(self.log_mass):
+            raise ValueError(
+                f"expected draws of the bridge to reach the model, found log Z {self.log_z} and log mass "
+                f"{self.log_mass} from {num_draws} draws: widen the bridge, or train longer"
+            )
+
+    def _log_ratio(self, x: Tensor) -> Tensor:
+        return self.energy(x) - self.bridge.log_prob(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """``log q`` (B,) in nats, ``-inf`` where it was clipped; ``x``: (B, D)."""
+        with torch.no_grad():
+            ratio = self._log_ratio(x) - self.log_z
+            return correction(ratio, self.beta) - self.log_mass + self.bridge.log_prob(x)
+
+    def sample(self, num_draws: int, *, oversample: int = 16) -> Tensor:
+        """Draws (num_draws, D) by importance resampling from ``oversample`` times as many of the bridge.
+
+        A draw may come up more than once; more so, the less the bridge looks like the data.
+        """
+        with torch.no_grad():
+            pool = self.bridge.sample(num_draws * oversample)
+            log_w = correction(self._log_ratio(pool) - self.log_z, self.beta)
+            return pool[resample(log_w, num_draws)]
+
+
+class BridgeDensityEstimation(ELBO):
+    r"""Fits an energy model to ``βp_data + (1−β)m`` and corrects it afterwards; see the head of this file.
+
+    ``SVI(energy, no_guide, optim, loss=BridgeDensityEstimation(gaussian_bridge(data)))``; every ``svi.step(data)``
+    replaces each row by a draw of the bridge with probability 1−β and takes the inner loss of the result. Then
+    ``loss.corrected(energy, data)`` is the density of the data. The energy must be able to express the *mixture*
+    ``βp + (1−β)m``.
+
+    Args:
+        bridge: m, normalised, with exact draws.
+        beta: β in (0, 1): the share of data.
+        loss: any of the losses on energy models; by default ``ImplicitScoreMatching()``. A denoising loss fits the
+            mixture blurred by its σ: keep that small.
+
+    Raises:
+        ValueError: β is not in (0, 1); data and bridge differ in dimension.
+        ModelRefusedError: as the inner loss.
+    """
+
+    def __init__(self, bridge: Bridge, beta: float = 0.5, loss: EnergyObjective | None = None) -> None:
+        if not 0 < beta < 1:
+            raise ValueError(f"expected beta in (0, 1), found {beta}")
+        self.inner = loss or ImplicitScoreMatching()
+        super().__init__(num_particles=self.inner.num_particles)
+        self.bridge = bridge
+        self.beta = beta
+
+    def mixed(self, data: Tensor) -> Tensor:
+        """A batch of the mixture, (N, D): each row of ``data`` (N, D) is kept with probability β."""
+        if data.shape[1] != self.bridge.dim:
+            raise ValueError(
+                f"expected data of shape (N, {self.bridge.dim}), as the bridge, found {tuple(data.shape)}"
+            )
+        keep = torch.rand(len(data), 1, device=data.device) < self.beta
+        return torch.where(keep, data, self.bridge.sample(len(data)).to(data))
+
+    def _mixed_args(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        data, rest = checked_data(args)
+        return (self.mixed(data), *rest)
+
+    def corrected(
+        self, model: Callable[..., Any], data: Tensor, *args: Any, num_draws: int = 20_000, **kwargs: Any
+    ) -> CorrectedDensity:
+        """Steps two and three: the density of the data according to the model as it is now.
+
+        Args:
+            model: the energy model.
+            data: some data (N, D); only its dtype, device and D matter.
+            args: further arguments of the model, and ``kwargs``.
+            num_draws: draws of the bridge for ``log Z``.
+        """
+        energy = ModelEnergy(model, args, kwargs, data)
+
+        def frozen(x: Tensor) -> Tensor:
+            with torch.no_grad(), poutine.block():
+                return energy.density.log_prob(x)
+
+        return CorrectedDensity(frozen, self.bridge, self.beta, num_draws=num_draws)
+
+    # -- the ELBO interface ------------------------------------------------------------------------------------
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        """As the inner loss."""
+        return self.inner._get_trace(model, guide, args, kwargs)
+
+    def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The inner loss of one mixed batch, a float."""
+        return self.inner.loss(model, guide, *self._mixed_args(args), **kwargs)
+
+    def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The inner loss of one mixed batch, a scalar tensor."""
+        return self.inner.differentiable_loss(model, guide, *self._mixed_args(args), **kwargs)
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The inner loss of one mixed batch, its gradients added to the model's parameters."""
+        return self.inner.loss_and_grads(model, guide, *self._mixed_args(args), **kwargs)
