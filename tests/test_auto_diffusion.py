@@ -3,6 +3,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import models
@@ -437,7 +438,10 @@ def test_discrete_sites_are_left_to_the_objective():
     guide = make_guide(mixture)
     assert list(guide(y)) == ["mu"]
     svi = SVI(mixture, guide, Adam({"lr": 1e-2}), make_objective())
-    assert svi.step(y) > 0
+    svi.step(y)
+    before = guide.network_weights_unconstrained.detach().clone()
+    assert math.isfinite(svi.step(y))
+    assert bool((guide.network_weights_unconstrained != before).any())
     enumerated = config_enumerate(mixture)
     assert TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(enumerated, guide, y) > 0
 

@@ -101,9 +101,7 @@ def test_the_contract(model, objective):
     svi = SVI(energy, no_guide, Adam({"lr": 0.01}), loss)
     found = []
     for step in (svi.step, svi.step):
-        pyro.set_rng_seed(1)
-        values = [getattr(loss, name)(energy, no_guide, x) for name in ("loss", "differentiable_loss")]
-        pyro.get_param_store()
+        loss.loss(energy, no_guide, x)  # the params are drawn here, in the first round
         for parameter in pyro.get_param_store()._params.values():
             parameter.grad = None
         values = []
@@ -296,7 +294,7 @@ def test_the_control_variate_takes_away_the_spread(float64):
     plain, controlled = DenoisingScoreMatching(0.01, control_variate=False), DenoisingScoreMatching(0.01)
 
     def spread(loss):
-        return float(loss.row_losses(lambda v: -0.5 * v.square().sum(-1), x).std())
+        return float(loss.row_losses(lambda v: -0.5 * v.square().sum(-1), x).detach().std())
 
     assert spread(controlled) < spread(plain) / 20
 

@@ -79,8 +79,8 @@ print("AutoNormal:", eight_schools.errors(by_site(raw)))
 # ## After: two lines
 #
 # `AutoDiffusion` in the place of `AutoNormal`, `ImportanceWeightedScoreMatching` in the place of `Trace_ELBO`. The
-# loss is that of a regression: it falls while the guide learns, but it does not bound the evidence. The evidence is
-# estimated by the weights of every round, and stands in `loss.history`.
+# loss is that of a regression, counted from the untrained guide: it starts at 0 and falls while the guide learns, but
+# it does not bound the evidence. The evidence is estimated by the weights of every round: see `loss.history`.
 
 # %%
 pyro.set_rng_seed(0)
@@ -109,8 +109,9 @@ print(f"exact log evidence {eight_schools.reference().log_evidence:.3f}")
 # %% [markdown]
 # How to read it: `pareto_khat` below 0.7 says that averages over the weighted draws can be trusted;
 # `importance_ess` is the share of the raw draws that the weights leave effective; the evidence comes with its
-# standard error. What they cannot tell is whether a mode was missed that neither the guide nor the wide component
-# (a tenth of the draws, from a widened base) ever reached: choose a base that covers the prior when in doubt.
+# standard error. A tenth of the draws come from the model's own prior, so that the weights are bounded by the
+# likelihood and a mode the guide has lost can be seen. What they cannot tell is whether a mode was missed that not
+# one of those draws reached either.
 
 # %%
 plot_raw_vs_weighted(idata, ["mu", "tau"]).savefig(FIGURES / "first-posterior-pairs.png", dpi=100)

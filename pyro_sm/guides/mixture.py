@@ -93,7 +93,8 @@ class AutoGaussianMixture(AutoContinuous):
     @pyro_method
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log probabilities (K,), means (K, D) and lower-triangular scales (K, D, D)."""
-        return self.logits.log_softmax(0), self.locs, self.scales[..., None] * self.scale_trils
+        scales: Any = self.scales
+        return self.logits.log_softmax(0), self.locs, scales[..., None] * self.scale_trils
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.MixtureSameFamily:
         """The mixture over the packed latent (D,)."""

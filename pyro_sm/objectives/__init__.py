@@ -8,19 +8,31 @@ from pyro_sm.objectives.density_estimation import (
     ImplicitScoreMatching,
     no_guide,
 )
+from pyro_sm.objectives.fisher import FisherDivergence
+from pyro_sm.objectives.fisher_metrics import BaseSpace, FlowMetric, Identity, MatrixMetric
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching
+from pyro_sm.objectives.mixture_fisher import EstimatedLogZ, GivenMixing, MixtureFisherDivergence, PriorMixing
 from pyro_sm.objectives.score_matching import MarginalWeights, PathWeights
 from pyro_sm.objectives.stein import SteinDiscrepancy
 
 __all__ = [
+    "BaseSpace",
     "BridgeDensityEstimation",
     "CorrectedDensity",
     "DenoisingScoreMatching",
     "DiffusionScoreMatching",
+    "EstimatedLogZ",
+    "FisherDivergence",
+    "FlowMetric",
+    "GivenMixing",
+    "Identity",
     "ImplicitScoreMatching",
     "ImportanceWeightedScoreMatching",
     "MarginalWeights",
+    "MatrixMetric",
+    "MixtureFisherDivergence",
     "PathWeights",
+    "PriorMixing",
     "SteinDiscrepancy",
     "gaussian_bridge",
     "no_guide",

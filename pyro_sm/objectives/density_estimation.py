@@ -141,6 +141,8 @@ class EnergyObjective(ELBO):
         self._calls += 1
         if str(self._calls).strip("0") == "1":
             kept.recheck(x)
+            with torch.no_grad():
+                kept.log_prob(x)  # refuses rows without a density, before anything else is said about them
             if self.needs_curvature and score_jumps(kept.density.log_prob, x[:64]):
                 raise ModelRefusedError(
                     f"{type(self).__name__} needs second derivatives of the energy, but its score jumps between the "

@@ -21,7 +21,7 @@ https://arxiv.org/abs/2209.07396 .
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +34,7 @@ from pyro_sm.model import ModelDensity
 from pyro_sm.objectives.fisher import PathObjective, gradient, squared_norm
 from pyro_sm.objectives.fisher_metrics import BaseSpace, Metric
 from pyro_sm.objectives.guide_paths import Path, guide_name
-from pyro_sm.weights import effective_sample_size, evidence, pareto_smooth
+from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 # ---------------------------------------------------------------------------------------------- the estimators
 
@@ -168,7 +168,7 @@ class GivenMixing:
 
 @dataclass(frozen=True)
 class EstimatedLogZ:
-    """``log Z`` by importance sampling from ``q̃``, estimated anew every so many steps.
+    """``log Z`` by importance sampling from ``q̃``, estimated anew every so many steps and pooled.
 
     Args:
         num_draws: draws and density evaluations per estimate.
@@ -187,18 +187,29 @@ class EstimatedLogZ:
 
 
 class LogZInfo(NamedTuple):
-    """One estimate of ``log Z`` that the losses after it use."""
+    """One estimate of ``log Z``, and what the losses after it use."""
 
     step: int
     """Optimiser steps before it."""
-    log_z: float
-    """Nats."""
-    se: float
-    """Its standard error, nats; an error of δ shifts the weight of a mode by about that share of itself."""
+    log_evidence: float
+    """Of this estimate's draws alone, nats."""
+    log_evidence_se: float
+    """Its standard error, nats; an error of δ in what is used shifts the weight of a mode by about δ of itself."""
     ess: float
     """Effective share of the draws, in (0, 1]."""
     khat: float
     """Pareto shape of the weights; they are bounded by ``p / (1−β) m``, so it speaks of the mixing density."""
+    log_z: float
+    """What the losses use: all estimates so far, by inverse variance; nats."""
+
+
+def pooled(estimates: Sequence[Evidence]) -> float:
+    """Mean of independent estimates of ``log Z``, weighted by ``1 / se²``, nats; one without an error counts alone."""
+    best = min(e.log_evidence_se for e in estimates)
+    if best == 0 or not math.isfinite(best):
+        return next(e.log_evidence for e in estimates if e.log_evidence_se == best)
+    shares = [(best / e.log_evidence_se) ** 2 for e in estimates]
+    return sum(w * e.log_evidence for w, e in zip(shares, estimates, strict=True)) / sum(shares)
 
 
 class MixtureState(NamedTuple):
@@ -276,9 +287,9 @@ class MixtureFisherDivergence(PathObjective):
     def _draw_mixture(self, path: Path, mixing: MixingDensity, num_draws: int) -> tuple[Tensor, Tensor]:
         """Stratified draws ``z`` (N, D) of ``q̃`` and their weights (N,), which sum to one."""
         num_guide = min(max(1, round(self.beta * num_draws)), num_draws - 1)
-        options = {"dtype": mixing.loc.dtype, "device": mixing.loc.device}
-        own = path.draw(torch.randn(num_guide, path.noise_dim, **options))
-        wide = mixing.draw(torch.randn(num_draws - num_guide, mixing.loc.shape[0], **options))
+        dtype, device = mixing.loc.dtype, mixing.loc.device
+        own = path.draw(torch.randn(num_guide, path.noise_dim, dtype=dtype, device=device))
+        wide = mixing.draw(torch.randn(num_draws - num_guide, mixing.loc.shape[0], dtype=dtype, device=device))
         share = own.weight.new_full((num_draws - num_guide,), (1 - self.beta) / (num_draws - num_guide))
         return torch.cat([own.z, wide]), torch.cat([self.beta * own.weight, share])
 
@@ -295,7 +306,9 @@ class MixtureFisherDivergence(PathObjective):
                 "covers the posterior, mixing=GivenMixing(loc, scale)"
             )
         khat = pareto_smooth(log_w).khat
-        return LogZInfo(state.steps, *found, effective_sample_size(log_w) / num_draws, khat)
+        earlier = [Evidence(info.log_evidence, info.log_evidence_se) for info in state.history]
+        ess = effective_sample_size(log_w) / num_draws
+        return LogZInfo(state.steps, *found, ess, khat, pooled([*earlier, found]))
 
     def _log_q(self, path: Path) -> Callable[[Tensor], Tensor]:
         if path.log_q is None:
@@ -313,7 +326,7 @@ class MixtureFisherDivergence(PathObjective):
         state = self._state_for(guide, density)
         z, weight = self._draw_mixture(path, state.mixing, self.num_particles)
         if isinstance(self.log_z, EstimatedLogZ):
-            if not state.history or (commit and state.steps - state.history[-1].step >= self.log_z.every):
+            if not state.history or state.steps - state.history[-1].step >= self.log_z.every:
                 info = self._estimate(path, density, state, self.log_z.num_draws)
                 state = state._replace(history=(*state.history, info))
             log_z = state.history[-1].log_z
