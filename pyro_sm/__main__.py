@@ -173,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--seed", type=int, default=0)
+    common.add_argument(
+        "--threads", type=int, default=1, help="of torch (default 1: two on a busy machine can be slower than one)"
+    )
     common.add_argument("--budget", type=int, help="density evaluations to spend on training (default 100000)")
 
     demo = commands.add_parser("demo", parents=[common], help="two real posteriors with known answers")
@@ -214,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _one_line
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+        threads = torch.get_num_threads()
         try:
+            torch.set_num_threads(getattr(options, "threads", threads))
             options.run(options)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -231,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 print(f"error: {kind}{reason} (--debug shows the traceback)", file=sys.stderr)
             return 1
+        finally:
+            torch.set_num_threads(threads)
     return 0
 
 
