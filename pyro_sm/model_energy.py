@@ -20,12 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_sm.base import ModelRefusedError, PyroSMWarning
 from pyro_sm.model import ModelDensity
@@ -33,18 +35,41 @@ from pyro_sm.model_trace import call_model, isolated_rng, support_transform
 
 
 class _Anywhere(Messenger):
-    """Gives latents without a prior to draw from some value in their support."""
+    """Gives latents some value in their support, and takes nothing from the random stream for it."""
 
     def _pyro_sample(self, msg: Message) -> None:
         fn: Any = msg["fn"]
         if msg["is_observed"] or msg["done"] or msg["value"] is not None or isinstance(fn, _Subsample):
             return
         try:
-            value = fn(*msg["args"], **msg["kwargs"])
+            with isolated_rng(0):
+                value = fn(*msg["args"], **msg["kwargs"])
         except NotImplementedError:
             transform = support_transform(str(msg["name"]), fn)
             value = transform(torch.zeros(transform.inverse_shape(fn.shape())))
         msg["value"], msg["done"] = value, True
+
+
+class _Placed(Messenger):
+    """Gives flat priors on vectors the dtype and device of ``like``, which they do not have of their own.
+
+    They are replaced by a normal law without density, from which Pyro can draw.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.like = like
+
+    def _pyro_sample(self, msg: Message) -> None:
+        fn: Any = msg["fn"]
+        if msg["is_observed"] or not isinstance(fn, dist.ImproperUniform):
+            return
+        support = fn.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        if support is constraints.real:
+            zeros = self.like.new_zeros(fn.shape())
+            msg["fn"] = dist.Normal(zeros, torch.ones_like(zeros)).to_event(fn.event_dim).mask(False)
 
 
 def _is_sample(msg: Message) -> bool:
@@ -77,10 +102,15 @@ class ModelEnergy:
         self.model = model
         self.args = args
         self.kwargs = kwargs
+        self._like = like[:1].detach()
         self.params = self._create_params()
         self.density = self._build(like)
         self.dim = self.density.dim
         self._check_site(like)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with _Placed(self._like):
+            return self.model(*args, **kwargs)
 
     def _create_params(self) -> tuple[str, ...]:
         """Run the model once in the open, so that its parameters enter the store and ``SVI`` sees them."""
@@ -90,7 +120,7 @@ class ModelEnergy:
             poutine.block(hide_fn=_is_sample),
             _Anywhere(),
         ):
-            call_model(lambda: self.model(*self.args, **self.kwargs))
+            call_model(lambda: self._run(*self.args, **self.kwargs))
         return tuple(capture.trace.nodes)
 
     def _build(self, like: Tensor) -> ModelDensity:
@@ -98,7 +128,7 @@ class ModelEnergy:
             # it says that score losses do not train them: these do
             warnings.filterwarnings("ignore", "the model has trainable parameters", PyroSMWarning)
             with poutine.block():
-                return ModelDensity(self.model, self.args, self.kwargs, dtype=like.dtype)
+                return ModelDensity(self._run, self.args, self.kwargs, dtype=like.dtype)
 
     def _check_site(self, like: Tensor) -> None:
         sites = self.density.sites

@@ -161,8 +161,19 @@ class SteinStatistics(NamedTuple):
     v: Tensor
 
 
+def _diagonal(score: Tensor, kernel: RadialKernel) -> Tensor:
+    """``h(x_i, x_i) = ‖s_i‖² φ(0) − 2D φ'(0)`` (N,), in closed form."""
+    zero = kernel.profile(score.new_zeros(()))
+    return zero.value * score.square().sum(-1) - 2 * score.shape[1] * zero.first
+
+
 def stein_statistics(
-    z: Tensor, score: Tensor, kernel: RadialKernel | None = None, *, chunk_size: int = 1024
+    z: Tensor,
+    score: Tensor,
+    kernel: RadialKernel | None = None,
+    *,
+    weight: Tensor | None = None,
+    chunk_size: int = 1024,
 ) -> SteinStatistics:
     """U- and V-statistic of ``KSD²`` between draws and the density with these scores; differentiable in both.
 
@@ -170,6 +181,9 @@ def stein_statistics(
         z: draws, (N, D).
         score: ``∇log p`` at the draws, (N, D); of the unnormalised density.
         kernel: by default ``IMQ()`` with the median distance.
+        weight: (N,) of the draws, summing to one; by default ``1/N``. With weights
+            ``V = Σ w_i w_j h_ij`` and ``U = Σ_{i≠j} w_i w_j h_ij / (1 − Σ w_i²)``, unbiased if they are constants
+            and the draws identically distributed.
         chunk_size: rows of the N×N matrix held at once (all of them, where gradients are wanted).
 
     Raises:
@@ -177,12 +191,15 @@ def stein_statistics(
     """
     _checked(z, score)
     kernel = (kernel or IMQ()).fitted(z)
-    total, n = z.new_zeros(()), len(z)
-    for _, block in _rows(z, score, kernel, chunk_size):
-        total = total + block.sum()
-    zero = kernel.profile(z.new_zeros(()))
-    trace = zero.value * score.square().sum() - 2 * n * z.shape[1] * zero.first  # h(x, x), in closed form
-    return SteinStatistics((total - trace) / (n * (n - 1)), total / n**2)
+    if weight is None:
+        weight = torch.full_like(z[:, 0].detach(), 1 / len(z))
+    elif weight.shape != z.shape[:1]:
+        raise ValueError(f"expected weights of shape ({len(z)},), found {tuple(weight.shape)}")
+    total = z.new_zeros(())
+    for part, block in _rows(z, score, kernel, chunk_size):
+        total = total + weight[part] @ block @ weight
+    trace = (weight.square() * _diagonal(score, kernel)).sum()
+    return SteinStatistics((total - trace) / (1 - weight.square().sum()), total)
 
 
 def wild_signs(num_draws: int, num_bootstrap: int, flip: float, like: Tensor) -> Tensor:
@@ -214,13 +231,12 @@ def stein_test_from_signs(
     _checked(z, score)
     n = len(z)
     kernel = kernel.fitted(z)
-    zero = kernel.profile(z.new_zeros(()))
     with torch.no_grad():
         null, total = z.new_zeros(signs.shape[1]), z.new_zeros(())
         for part, block in _rows(z, score, kernel, chunk_size):
             null += (signs[part] * (block @ signs)).sum(0)
             total += block.sum()
-        trace = zero.value * score.square().sum() - 2 * n * z.shape[1] * zero.first
+        trace = _diagonal(score, kernel).sum()
     v = total / n**2
     null = null / n**2
     p_value = (1 + int((null >= v).sum())) / (1 + len(null))
@@ -268,26 +284,27 @@ class Pushed(NamedTuple):
     score: Tensor
 
 
-def through_flow(flow: Transform, z: Tensor, score: Tensor) -> Pushed:
+def through_flow(flow: Transform, z: Tensor, score: Tensor, *, create_graph: bool = False) -> Pushed:
     """Draws and scores in ``y = T(z)``: ``s_y = J⁻ᵀ (s − ∇log|det J|)``, ``J = ∂T/∂z``.
 
     KSD of the result is the *diffusion* kernel Stein discrepancy of ``z`` with ``m = J⁻¹`` and the kernel
-    ``κ(T(z), T(z'))``. Detached.
+    ``κ(T(z), T(z'))``.
 
     Args:
         flow: acts on each row (D,) by itself; twice differentiable.
         z: draws, (N, D).
         score: (N, D).
+        create_graph: keep the result differentiable in ``z``, which must then require grad, and in ``score``.
     """
     _checked(z, score)
     with torch.enable_grad():
-        leaf = z.detach().requires_grad_(True)
+        leaf = z if create_graph else z.detach().requires_grad_(True)
         y = flow(leaf)
         j = jacobian(y, leaf)
         log_det = torch.linalg.slogdet(j).logabsdet
-        volume = torch.zeros_like(z)
+        volume = None
         if log_det.requires_grad:
-            (found,) = torch.autograd.grad(log_det.sum(), leaf, allow_unused=True)
-            volume = volume if found is None else found
-    pushed = torch.linalg.solve(j.detach().mT, (score.detach() - volume)[..., None]).squeeze(-1)
-    return Pushed(y.detach(), pushed)
+            (volume,) = torch.autograd.grad(log_det.sum(), leaf, create_graph=create_graph, allow_unused=True)
+        own = score if volume is None else score - volume
+        pushed = torch.linalg.solve(j.mT, own[..., None]).squeeze(-1)
+    return Pushed(y, pushed) if create_graph else Pushed(y.detach(), pushed.detach())

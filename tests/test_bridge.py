@@ -91,6 +91,8 @@ def test_the_correction_is_its_formula(beta):
     assert bool((found[plain <= 0] == -math.inf).all())
     assert float(correction(torch.tensor([800.0], dtype=torch.float64), beta)) == pytest.approx(800 - math.log(beta))
     assert float(correction(torch.tensor([-math.inf]), beta)) == -math.inf
+    floored = correction(ratio, beta, 0.01)
+    torch.testing.assert_close(floored, (plain * beta).clamp(min=0.01).log() - math.log(beta), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.8])
@@ -125,6 +127,8 @@ def test_a_model_out_of_reach_is_refused():
     bridge = bridge_1d(1.0)
     with pytest.raises(ValueError, match="reach the model, found log Z -inf"):
         CorrectedDensity(lambda x: torch.full_like(x[:, 0], -math.inf), bridge, 0.5, num_draws=100)
+    with pytest.raises(ValueError, match="floor >= 0, found -1"):
+        CorrectedDensity(lambda x: x[:, 0], bridge, 0.5, floor=-1.0)
 
 
 # ------------------------------------------------------------------------------------------------- the objective
@@ -242,40 +246,44 @@ def mode(centre):
     return lambda x: -0.5 * (x[:, 0] - centre) ** 2 - 0.5 * math.log(2 * math.pi)
 
 
-def kl(log_q):
-    x, step = grid(A, 4001)
-    truth = two_modes(x, 0.2, A)
-    return float((truth.exp() * (truth - log_q(x).clamp(min=-60))).sum() * step)
+def kl(log_q, a=A):
+    x, step = grid(a, 4001)
+    truth = two_modes(x, 0.2, a)
+    value = log_q(x).clamp(min=-60)
+    value = value - torch.logsumexp(value, 0) - math.log(step)  # the estimate of log Z has an error of its own
+    return float((truth.exp() * (truth - value)).sum() * step)
 
 
-def sample_modes(n):
-    centre = torch.where(torch.rand(n, 1) < 0.2, -A, A)
+def sample_modes(n, a=A):
+    centre = torch.where(torch.rand(n, 1) < 0.2, -a, a)
     return centre + torch.randn(n, 1)
 
 
 @pytest.mark.slow
 def test_the_bridge_sees_the_weights_and_the_plain_loss_does_not(float64):
-    x = sample_modes(4000)
-    plain = weighted([mode(-A), mode(A)])
+    """At a = 8 the gradient of the plain loss is 1e-12, less than Adam's own epsilon."""
+    a = 8.0
+    x = sample_modes(12_000, a)
+    plain = weighted([mode(-a), mode(a)])
     svi = SVI(plain, no_guide, Adam({"lr": 0.02}), ImplicitScoreMatching())
-    for _ in range(300):
+    for _ in range(50):
         svi.step(x)
     weights = pyro.param("weights").detach().clone()
-    blind = kl(lambda x: two_modes(x, float(weights[0]), A))
-    assert abs(float(weights[0]) - 0.5) < 0.1, "score matching leaves the weights where they were"
+    blind = kl(lambda x: two_modes(x, float(weights[0]), a), a)
+    assert abs(float(weights[0]) - 0.5) < 0.01, "score matching leaves the weights where they were"
 
     pyro.clear_param_store()
     bridge = gaussian_bridge(x)
-    loss = BridgeDensityEstimation(bridge)
-    bridged = weighted([mode(-A), mode(A), bridge.log_prob])
-    svi = SVI(bridged, no_guide, Adam({"lr": 0.02}), loss)
-    for _ in range(400):
+    loss = BridgeDensityEstimation(bridge, 0.8)
+    bridged = weighted([mode(-a), mode(a), bridge.log_prob])
+    svi = SVI(bridged, no_guide, ClippedAdam({"lr": 0.05, "lrd": 0.985}), loss)
+    for _ in range(300):
         svi.step(x)
     q = loss.corrected(bridged, x)
-    seen = kl(q.log_prob)
+    seen = kl(q.log_prob, a)
     assert seen < blind / 10
     assert abs(float((q.sample(4000) < 0).double().mean()) - 0.2) < 0.05
-    assert q.khat < 0.7
+    assert q.log_z_se < 0.02
 
 
 @pytest.mark.slow
@@ -309,5 +317,5 @@ def test_a_network_learns_two_modes_over_the_bridge():
             value = (10 * f(z / A).squeeze(-1) - 0.5 * (z / (1.5 * A)).square().sum(-1)).double()
         log_z = torch.logsumexp(value, 0) + math.log(step)
         found[name] = kl(lambda _, value=value, log_z=log_z: value - log_z)
-    assert found["bridge"] < 0.1
-    assert found["bridge"] < found["plain"] / 10
+    assert found["bridge"] < 0.05
+    assert found["bridge"] < found["plain"] / 4

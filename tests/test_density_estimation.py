@@ -5,23 +5,24 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as transforms
 import pytest
 import torch
 from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
 from torch import Size
-from torch.distributions import AffineTransform, constraints
+from torch.distributions import AffineTransform, TanhTransform, Transform, constraints
 
 from pyro_sm.base import ModelRefusedError
-from pyro_sm.divergence import Exact, Hutchinson, Sliced
+from pyro_sm.divergence import Exact, Hutchinson, Sliced, jacobian
 from pyro_sm.objectives.density_estimation import (
     DenoisingScoreMatching,
     DiffusionScoreMatching,
     ImplicitScoreMatching,
     no_guide,
 )
-from pyro_sm.objectives.score_estimation import gaussian_information
+from pyro_sm.objectives.score_estimation import flow_matrix, gaussian_information
 
 DIM = 2
 exact = {"rtol": 1e-10, "atol": 1e-12}
@@ -146,6 +147,19 @@ def test_double_precision(objective, float64):
     assert loss.differentiable_loss(gaussian, no_guide, x).dtype == torch.float64
 
 
+def test_double_precision_where_single_is_the_default():
+    """A flat prior has no dtype of its own: it takes that of the data."""
+
+    def energy():
+        precision = pyro.param("precision", torch.eye(DIM, dtype=torch.float64))
+        x = pyro.sample("x", flat())
+        pyro.factor("f", -0.5 * (x * (x @ precision)).sum(-1))
+
+    x = data(dtype=torch.float64)
+    for loss in (ImplicitScoreMatching(), DenoisingScoreMatching(0.1)):
+        assert loss.differentiable_loss(energy, no_guide, x).dtype == torch.float64
+
+
 def test_the_torch_path():
     """``elbo = loss(model, guide)`` and a torch optimiser."""
     model, x = Network(), data()
@@ -159,6 +173,15 @@ def test_the_torch_path():
     assert float(elbo(x).detach()) < before
     with torch.no_grad():
         assert not elbo(x).requires_grad
+
+
+def test_making_the_energy_takes_nothing_from_the_random_stream():
+    found = []
+    loss, x = DenoisingScoreMatching(0.3), data()
+    for _ in range(2):  # the first call makes the params and inspects the model
+        pyro.set_rng_seed(0)
+        found.append(loss.loss(gaussian, no_guide, x))
+    assert found[0] == found[1]
 
 
 def test_batches_of_other_sizes_and_a_cleared_store():
@@ -297,6 +320,56 @@ def test_the_control_variate_takes_away_the_spread(float64):
         return float(loss.row_losses(lambda v: -0.5 * v.square().sum(-1), x).detach().std())
 
     assert spread(controlled) < spread(plain) / 20
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: transforms.affine_autoregressive(DIM, hidden_dims=[4]).inv,
+        lambda: transforms.spline_autoregressive(DIM, hidden_dims=[4]),
+        lambda: transforms.affine_coupling(DIM, hidden_dims=[4]),
+        lambda: transforms.ComposeTransform(
+            [transforms.affine_coupling(DIM, hidden_dims=[4]), transforms.permute(DIM)]
+        ),
+        lambda: transforms.Sylvester(DIM),
+    ],
+    ids=["autoregressive", "spline", "coupling", "composed", "sylvester"],
+)
+def test_flows_of_pyro(make, float64):
+    """``m`` is the inverse Jacobian, and the loss the implicit one in y up to what no model changes."""
+    flow, x = make(), data(8)
+    m = flow_matrix(flow)(x).detach()
+    jacobians = torch.stack([torch.autograd.functional.jacobian(flow, row[None])[0, :, 0] for row in x])
+    torch.testing.assert_close(m @ jacobians, torch.eye(DIM).expand(8, -1, -1), rtol=1e-9, atol=1e-9)
+    loss = DiffusionScoreMatching(flow)
+    gradients = loss.differentiable_loss(gaussian, no_guide, x)
+    mean = pyro.get_param_store()._params["mean"]
+    assert float(torch.autograd.grad(gradients, mean)[0].abs().sum()) > 0
+
+
+def test_the_loss_of_a_flow_is_the_implicit_loss_behind_it(float64):
+    """Row by row, up to a term without the model in it: the same for any two models."""
+    x = data(7)
+    shear = AffineTransform(0.2, 3.0)
+    flow = transforms.ComposeTransform([TanhTransform(), shear, transforms.affine_coupling(DIM, hidden_dims=[4])])
+
+    def in_x(v, rate):
+        return -rate * (v.square().sum(-1) + 0.3 * v[..., 0] * v[..., 1] ** 2)
+
+    def in_y(y, rate):
+        v = flow.inv(y)
+        return in_x(v, rate) - torch.linalg.slogdet(jacobian(flow(v), v)).logabsdet
+
+    y = flow(x).detach()
+
+    def difference(rate, matrix):
+        behind = ImplicitScoreMatching().row_losses(lambda v: in_y(v, rate), y)
+        return (DiffusionScoreMatching(matrix).row_losses(lambda v: in_x(v, rate), x) - behind).detach()
+
+    torch.testing.assert_close(difference(0.5, flow), difference(1.5, flow), rtol=1e-8, atol=1e-8)
+    m = flow_matrix(flow)
+    wrong = difference(0.5, lambda v: m(v).mT) - difference(1.5, lambda v: m(v).mT)
+    assert float(wrong.abs().max()) > 1e-2, "the transpose"
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
@@ -457,6 +530,40 @@ def test_a_gaussian_energy_finds_the_maximum_likelihood_estimate(loss, tolerance
     assert float((mean - x.mean(0)).abs().max()) < tolerance
     assert float((precision / truth - 1).abs().max()) < tolerance
     assert float((torch.linalg.inv(precision) - truth).abs().max()) > 0.3, "precision and covariance differ"
+
+
+class Asinh(Transform):
+    domain = codomain = constraints.real
+    bijective = True
+
+    def _call(self, x):
+        return torch.asinh(x)
+
+
+@pytest.mark.slow
+def test_a_flow_finds_heavy_tails_where_the_plain_loss_does_not():
+    """Student-t data with two degrees of freedom, four data sets; the plain loss does not look at the tails."""
+
+    def energy():
+        scale = pyro.param("scale", torch.tensor(1.5), constraint=constraints.positive)
+        freedom = pyro.param("freedom", torch.tensor(6.0), constraint=constraints.positive)
+        z = pyro.sample("x", flat(1)) / scale
+        pyro.factor("f", -0.5 * (freedom + 1) * torch.log1p(z * z / freedom).sum(-1))
+
+    errors = {}
+    for name, loss in (("plain", ImplicitScoreMatching()), ("flow", DiffusionScoreMatching(Asinh()))):
+        worst = 0.0
+        for seed in range(4):
+            pyro.clear_param_store()
+            torch.manual_seed(seed)
+            x = dist.StudentT(2.0).sample((1000, 1))
+            svi = SVI(energy, no_guide, Adam({"lr": 0.05}), loss)
+            for _ in range(250):
+                svi.step(x)
+            worst = max(worst, abs(float(pyro.param("freedom").detach().log()) - math.log(2)))
+        errors[name] = worst
+    assert errors["flow"] < 0.25
+    assert errors["plain"] > 2 * errors["flow"]
 
 
 @pytest.mark.slow

@@ -3,5 +3,6 @@
 
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bases import BatchAndMatchBase, GivenBase, LaplaceBase, PriorBase
+from pyro_sm.guides.mixture import AutoGaussianMixture
 
-__all__ = ["AutoDiffusion", "BatchAndMatchBase", "GivenBase", "LaplaceBase", "PriorBase"]
+__all__ = ["AutoDiffusion", "AutoGaussianMixture", "BatchAndMatchBase", "GivenBase", "LaplaceBase", "PriorBase"]

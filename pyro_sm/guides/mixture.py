@@ -35,8 +35,8 @@ class AutoGaussianMixture(AutoContinuous):
     """K Gaussians with full covariance over the entire unconstrained latent space, and their probabilities.
 
     Train it with :class:`~pyro_sm.objectives.FisherDivergence` or
-    :class:`~pyro_sm.objectives.MixtureFisherDivergence`, which use its stratified draws; ``Trace_ELBO`` cannot, as
-    the draws of the guide itself are not reparametrised.
+    :class:`~pyro_sm.objectives.MixtureFisherDivergence`, which use its stratified draws. ``Trace_ELBO`` does not know
+    them: it falls back on score-function gradients, of high variance.
 
     Args:
         model: a Pyro model, all of whose latents are continuous.

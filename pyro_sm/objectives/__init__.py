@@ -12,6 +12,7 @@ from pyro_sm.objectives.fisher import FisherDivergence
 from pyro_sm.objectives.fisher_metrics import BaseSpace, FlowMetric, Identity, MatrixMetric
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching
 from pyro_sm.objectives.mixture_fisher import EstimatedLogZ, GivenMixing, MixtureFisherDivergence, PriorMixing
+from pyro_sm.objectives.score_estimation import estimated_information, gaussian_information
 from pyro_sm.objectives.score_matching import MarginalWeights, PathWeights
 from pyro_sm.objectives.stein import SteinDiscrepancy
 
@@ -34,6 +35,8 @@ __all__ = [
     "PathWeights",
     "PriorMixing",
     "SteinDiscrepancy",
+    "estimated_information",
     "gaussian_bridge",
+    "gaussian_information",
     "no_guide",
 ]

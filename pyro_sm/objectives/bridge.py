@@ -8,6 +8,8 @@ A *bridge* ``m`` covers the data. With ``0 < β < 1``
 2. ``log Z = log ∫ e^f`` comes from importance sampling, draws of m with weights ``e^f/m``: they are of order one,
    and bounded below by ``1−β`` when f fits;
 3. the *corrected density* is ``q = [e^f/Z − (1−β)m]₊ / (β C)``; ``C`` is near one, and is what clipping at zero adds.
+   Where ``p ≪ m`` the two terms cancel and an error of one per cent in ``f`` decides the sign: instead of at zero,
+   the bracket is clipped at a small ``floor · m``, so that ``log q`` stays finite. (The source has ``floor = 0``.)
 
 Densities are per unit of x^D, logarithms in nats.
 
@@ -60,11 +62,13 @@ def gaussian_bridge(data: Tensor, widen: float = 1.0) -> GaussianDensity:
     return GaussianDensity(data.mean(0), factor * widen)
 
 
-def correction(log_ratio: Tensor, beta: float) -> Tensor:
-    """``log ([r − (1−β)]₊ / β)`` (B,) for ``log r`` (B,), ``r = e^f/(Z m)``; ``-inf`` where it is clipped."""
+def correction(log_ratio: Tensor, beta: float, floor: float = 0.0) -> Tensor:
+    """``log (max(r − (1−β), floor) / β)`` (B,) for ``log r`` (B,), ``r = e^f/(Z m)``."""
     excess = torch.exp(log_ratio) - (1 - beta)
     large = log_ratio + torch.log1p(-torch.exp(math.log1p(-beta) - log_ratio).clamp(max=0.5))
     value = torch.where(log_ratio > math.log(2 * (1 - beta)), large, torch.log(excess.clamp(min=0)))
+    if floor > 0:
+        value = value.clamp(min=math.log(floor))
     return value - math.log(beta)
 
 
@@ -78,21 +82,31 @@ class CorrectedDensity:
         bridge: ``m``.
         beta: β.
         num_draws: draws of the bridge.
+        floor: where the bracket would be smaller than this share of ``m``, it is set to it.
 
     Attributes:
         log_z: ``log Z`` in nats, and log_z_se its standard error.
         khat: Pareto shape of the weights ``e^f/m``; above 0.7 the bridge does not cover the model.
         log_mass: ``log C``; the more it differs from 0, the worse the fit.
-        clipped: share of the bridge's mass on which ``q`` is zero because ``e^f/Z < (1−β)m``. Where there are no
-            data, half of it by noise alone.
+        clipped: share of the bridge's mass on which ``q`` is at its floor. Where there are no data, the sign of the
+            bracket is noise.
 
     Raises:
-        ValueError: no draw of the bridge has a finite energy, or the correction leaves nothing.
+        ValueError: a negative floor; no draw of the bridge has a finite energy, or the correction leaves nothing.
     """
 
     def __init__(
-        self, energy: Callable[[Tensor], Tensor], bridge: Bridge, beta: float, *, num_draws: int = 20_000
+        self,
+        energy: Callable[[Tensor], Tensor],
+        bridge: Bridge,
+        beta: float,
+        *,
+        num_draws: int = 20_000,
+        floor: float = 1e-3,
     ) -> None:
+        if not floor >= 0:
+            raise ValueError(f"expected floor >= 0, found {floor}")
+        self.floor = floor
         self.energy = energy
         self.bridge = bridge
         self.beta = beta
@@ -102,8 +116,8 @@ class CorrectedDensity:
             log_w = self._log_ratio(draws)
             self.log_z, self.log_z_se = evidence(log_w)
             self.khat = pareto_smooth(log_w).khat
-            corrected = correction(log_w - self.log_z, beta)
-            self.clipped = float((corrected == -math.inf).double().mean())
+            corrected = correction(log_w - self.log_z, beta, floor)
+            self.clipped = float((torch.exp(log_w - self.log_z) <= 1 - beta + floor).double().mean())
             self.log_mass = float(log_mean_exp(corrected.double()))
         if not math.isfinite(self.log_z) or not math.isfinite(self.log_mass):
             raise ValueError(
@@ -115,10 +129,10 @@ class CorrectedDensity:
         return self.energy(x) - self.bridge.log_prob(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """``log q`` (B,) in nats, ``-inf`` where it was clipped; ``x``: (B, D)."""
+        """``log q`` (B,) in nats; ``x``: (B, D)."""
         with torch.no_grad():
             ratio = self._log_ratio(x) - self.log_z
-            return correction(ratio, self.beta) - self.log_mass + self.bridge.log_prob(x)
+            return correction(ratio, self.beta, self.floor) - self.log_mass + self.bridge.log_prob(x)
 
     def sample(self, num_draws: int, *, oversample: int = 16) -> Tensor:
         """Draws (num_draws, D) by importance resampling from ``oversample`` times as many of the bridge.
@@ -127,7 +141,7 @@ class CorrectedDensity:
         """
         with torch.no_grad():
             pool = self.bridge.sample(num_draws * oversample)
-            log_w = correction(self._log_ratio(pool) - self.log_z, self.beta)
+            log_w = correction(self._log_ratio(pool) - self.log_z, self.beta, self.floor)
             return pool[resample(log_w, num_draws)]
 
 
@@ -172,7 +186,13 @@ class BridgeDensityEstimation(ELBO):
         return (self.mixed(data), *rest)
 
     def corrected(
-        self, model: Callable[..., Any], data: Tensor, *args: Any, num_draws: int = 20_000, **kwargs: Any
+        self,
+        model: Callable[..., Any],
+        data: Tensor,
+        *args: Any,
+        num_draws: int = 20_000,
+        floor: float = 1e-3,
+        **kwargs: Any,
     ) -> CorrectedDensity:
         """Steps two and three: the density of the data according to the model as it is now.
 
@@ -181,6 +201,7 @@ class BridgeDensityEstimation(ELBO):
             data: some data (N, D); only its dtype, device and D matter.
             args: further arguments of the model, and ``kwargs``.
             num_draws: draws of the bridge for ``log Z``.
+            floor: as in :class:`CorrectedDensity`.
         """
         energy = ModelEnergy(model, args, kwargs, data)
 
@@ -188,7 +209,7 @@ class BridgeDensityEstimation(ELBO):
             with torch.no_grad(), poutine.block():
                 return energy.density.log_prob(x)
 
-        return CorrectedDensity(frozen, self.bridge, self.beta, num_draws=num_draws)
+        return CorrectedDensity(frozen, self.bridge, self.beta, num_draws=num_draws, floor=floor)
 
     # -- the ELBO interface ------------------------------------------------------------------------------------
 

@@ -222,7 +222,7 @@ class ImplicitScoreMatching(EnergyObjective):
 
 
 class DenoisingScoreMatching(EnergyObjective):
-    r"""``E‖½ ∇log p̃(x + σε) + ε/σ‖²`` less its constant: first derivatives only; learns ``p_σ``, the noised data.
+    r"""``½ E‖∇log p̃(x + σε) + ε/σ‖²`` less its constant: first derivatives only; learns ``p_σ``, the noised data.
 
     The value estimates ``J_DSM − D/(2σ²) = J_ISM^σ``, so that it can be laid over
     :class:`ImplicitScoreMatching`; :meth:`constant` is what was left out.

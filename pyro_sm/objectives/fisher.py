@@ -18,7 +18,8 @@ normaliser as well:
 
 Sources: "Batch and match: black-box variational inference with a score-based divergence"
 https://arxiv.org/abs/2402.14758 ; "Interpreting diffusion score matching using normalizing flow"
-https://arxiv.org/abs/2107.10072 ; "Towards Healing the Blindness of Score Matching" https://arxiv.org/abs/2209.07396 .
+https://arxiv.org/abs/2107.10072 ; "Towards Healing the Blindness of Score Matching"
+https://arxiv.org/abs/2209.07396 .
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from pyro_sm.objectives.traced_paths import TracedGuide
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+_CHECKS = 16  # draws at which the second derivatives are looked at
 
 # ---------------------------------------------------------------------------------------------- the estimators
 
@@ -97,7 +99,8 @@ def variance_values(log_ratio: Tensor, weight: Tensor) -> Tensor:
     Unbiased for equal weights: ``(r_n − r̄)² / (1 − Σ w²)`` with ``r̄ = Σ w r``.
     """
     centred = log_ratio - (weight * log_ratio).sum()
-    return centred.square() / (1 - weight.square().sum())
+    spread = 1 - weight.square().sum()
+    return centred.square() / spread.clamp(min=torch.finfo(spread.dtype).eps)
 
 
 class FisherTerms(NamedTuple):
@@ -141,7 +144,8 @@ def fisher_terms(
             values = squared_norm(metric(draws.z, difference))
         if sobolev:
             weight = draws.weight * possible
-            values = values + sobolev * variance_values(log_ratio, weight / weight.sum())
+            weight = weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+            values = values + sobolev * variance_values(log_ratio, weight)
         return FisherTerms(torch.where(possible, values, torch.inf), draws.weight)
 
 
@@ -180,7 +184,7 @@ def check_not_subsampled(
 
 
 def vanishing_curvature(density: ModelDensity, z: Tensor) -> tuple[str, ...]:
-    """Sites whose rows of the Hessian of ``log p̃`` are exactly zero at all of ``z`` (N, D) though their score is not.
+    """Sites whose rows of the Hessian of ``log p̃`` are exactly zero at all ``z`` (N, D), though their score is not.
 
     Raises:
         ValueError: the model cannot be differentiated twice.
@@ -215,13 +219,14 @@ class PathObjective(ELBO):
             raise ValueError(f"expected num_particles >= 1, found {num_particles}")
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         self._densities: Cache = ()
+        self._last: ModelDensity | None = None
         self._traced: TracedGuide | None = None
         self._checked: tuple[object, object] | None = None
 
     @property
     def evaluations(self) -> Evaluations:
-        """Density and gradient evaluations so far, of the model last trained on."""
-        return self._densities[-1].density.evaluations if self._densities else Evaluations()
+        """Evaluations so far, of the model last trained on; a gradient here is a score with its derivative."""
+        return self._last.evaluations if self._last is not None else Evaluations()
 
     def _loss(self, path: Path, density: ModelDensity, guide: Any, *, commit: bool, create_graph: bool) -> Tensor:
         raise NotImplementedError
@@ -255,8 +260,9 @@ class PathObjective(ELBO):
             return
         self._needs(path, guide)
         with torch.no_grad(), isolated_rng(0), poutine.block():
-            noise = torch.randn(16, path.noise_dim, dtype=density.dtype, device=density.device)
-            z = path.draw(noise).z if noise.shape[0] else noise
+            num_draws = max(self.num_particles, _CHECKS)  # a stratified guide needs one for each component
+            noise = torch.randn(num_draws, path.noise_dim, dtype=density.dtype, device=density.device)
+            z = path.draw(noise).z[:_CHECKS]
         if z.shape[1] != density.dim:
             raise ValueError(f"{guide_name(guide)} draws {z.shape[1]} latents, the model has {density.dim}")
         check_not_subsampled(model, density, z, args, kwargs)
@@ -283,6 +289,8 @@ class PathObjective(ELBO):
             path = self._path(guide, density, args, kwargs)
             self._check(model, guide, path, density, args, kwargs)
             loss = self._loss(path, density, guide, commit=commit, create_graph=create_graph)
+        density.evaluations.gradient += self.num_particles
+        self._last = density
         return loss if create_graph else loss.detach()
 
     def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -313,10 +321,15 @@ class FisherDivergence(PathObjective):
     It is zero if and only if guide and posterior agree, and no bound on the evidence. Without the Sobolev term it
     cannot see the relative weight of separated modes.
 
+    In base space a guide much narrower than the posterior scores D, the number of latents, with hardly a gradient;
+    locations move slowly along weakly identified directions. On eight schools (non-centred, full-rank Gaussian, 1000
+    steps) the worst mean is still 1.7 posterior standard deviations off where ``Trace_ELBO`` is .47 off, from a wide
+    start too: for a Gaussian use Batch-and-Match, which minimises the same divergence without gradients of it.
+
     Args:
         num_particles: N, draws per loss.
         metric: :class:`~pyro_sm.objectives.fisher_metrics.BaseSpace` (default; affine invariant, and without a false
-            infimum at infinite scale on heavy tails), ``Identity()``, ``MatrixMetric(m)`` or ``FlowMetric(transform)``.
+            infimum at infinite scale on heavy tails), ``Identity()``, ``MatrixMetric(m)``, ``FlowMetric(transform)``.
         sobolev: γ, weight of the variance of the log ratio.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
@@ -353,8 +366,8 @@ class FisherDivergence(PathObjective):
     def _needs(self, path: Path, guide: Any) -> None:
         if isinstance(self.metric, BaseSpace) and not path.whitened:
             raise TypeError(
-                f"{guide_name(guide)} has a site whose draws are no known function of Gaussian noise, so it has no base "
-                "space: use FisherDivergence(metric=Identity())"
+                f"{guide_name(guide)} has a site whose draws are no known function of Gaussian noise, so it has no "
+                "base space: use FisherDivergence(metric=Identity())"
             )
         if not path.whitened and path.log_q is None:
             raise TypeError(f"{guide_name(guide)} has no log density at a given latent")

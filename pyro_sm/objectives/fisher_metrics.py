@@ -92,7 +92,7 @@ class FlowMetric:
 
 
 def jacobian(y: Tensor, x: Tensor) -> Tensor:
-    """``J[n, i, j] = ∂y_ni/∂x_nj`` (N, E, D) of rows that do not mix, differentiable; ``y``: (N, E), ``x``: (N, D)."""
+    """``J_nij = ∂y_ni/∂x_nj`` (N, E, D), differentiable, of rows that do not mix; ``y``: (N, E), ``x``: (N, D)."""
     rows = [
         torch.autograd.grad(y[:, i].sum(), x, create_graph=True, retain_graph=True, materialize_grads=True)[0]
         for i in range(y.shape[1])

@@ -87,8 +87,8 @@ def _check_packed(guide: Any, density: ModelDensity) -> None:
     wanted = [(site.name, site.stop - site.start) for site in density.sites]
     if own != wanted:
         raise ValueError(
-            f"{guide_name(guide)} covers the latent sites {dict(own)} (name: size), the model has {dict(wanted)}: was "
-            "the guide made for another model, or is a plate subsampled?"
+            f"{guide_name(guide)} covers the latent sites {dict(own)} (name: size), the model has {dict(wanted)}: "
+            "was the guide made for another model, or is a plate subsampled?"
         )
 
 
@@ -131,10 +131,19 @@ def _distribution_path(posterior: Any, log_q: Callable[[Tensor], Tensor], *, clo
 
 
 def _continuous_path(guide: Any, posterior: Any) -> Path:
-    # A transform remembers its last value: given that very tensor back, it would hand out noise cut off from it.
+    def log_q(z: Tensor) -> Tensor:
+        try:
+            # A transform remembers its last value: given that very tensor, it would hand out noise cut off from it.
+            return posterior.log_prob(z.clone())
+        except (KeyError, NotImplementedError) as error:  # what Pyro's flows without an inverse raise
+            raise TypeError(
+                f"the flow of {guide_name(guide)} has no inverse, so its log density at a given latent is not known; "
+                "use FisherDivergence"
+            ) from error
+
     closed_form = not isinstance(posterior, torch.distributions.TransformedDistribution)
     try:
-        return _distribution_path(posterior, lambda z: posterior.log_prob(z.clone()), closed_form=closed_form)
+        return _distribution_path(posterior, log_q, closed_form=closed_form)
     except NoGaussianNoiseError as error:
         raise TypeError(
             f"the posterior of {guide_name(guide)} ({error}) is no known function of Gaussian noise, so it has no "
@@ -167,8 +176,8 @@ def _sites_of(guide: AutoNormal, density: ModelDensity) -> tuple[Tensor, Tensor]
         scale = operator.attrgetter(site.name)(guide.scales)
         if loc.numel() != site.stop - site.start:
             raise ValueError(
-                f"site {site.name!r}: AutoNormal holds {loc.numel()} locations, the model has {site.stop - site.start} "
-                "latents: was the guide made for another model, or is a plate subsampled?"
+                f"site {site.name!r}: AutoNormal holds {loc.numel()} locations, the model has "
+                f"{site.stop - site.start} latents: was the guide made for another model, or is a plate subsampled?"
             )
         parts.append((loc.reshape(-1), scale.reshape(-1)))
     locs, scales = zip(*parts, strict=True)

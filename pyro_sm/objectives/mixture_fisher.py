@@ -109,6 +109,9 @@ class Mixing(Protocol):
 class PriorMixing:
     """A Gaussian with the mean and covariance of prior draws, which covers whatever the prior covers.
 
+    Draws further from the median than ten robust standard deviations are drawn in to there first: a Cauchy prior has
+    no moments of its own.
+
     Args:
         inflate: factor on its standard deviations.
         num_draws: prior draws; one in each direction at least.
@@ -124,11 +127,14 @@ class PriorMixing:
         """Moments of prior draws, in unconstrained space."""
         if density.improper:
             raise ValueError(
-                f"the prior of {', '.join(density.improper)} is improper, so there is no mixing density to be had from "
-                "it: pass mixing=GivenMixing(loc, scale) that covers every mode"
+                f"the prior of {', '.join(density.improper)} is improper, so there is no mixing density to be had "
+                "from it: pass mixing=GivenMixing(loc, scale) that covers every mode"
             )
         z = density.prior_draws(self.num_draws).double()
         z = z[torch.isfinite(z).all(1)]
+        low, middle, high = torch.quantile(z, torch.tensor([0.25, 0.5, 0.75]).to(z), dim=0)
+        reach = 10 * (high - low) / 1.349
+        z = torch.minimum(torch.maximum(z, middle - reach), middle + reach)
         covariance = torch.atleast_2d(torch.cov(z.T))
         jitter = 1e-6 * covariance.diagonal().mean() * torch.eye(density.dim, dtype=z.dtype, device=z.device)
         tril = torch.linalg.cholesky(covariance + jitter) * self.inflate
@@ -204,7 +210,7 @@ class LogZInfo(NamedTuple):
 
 
 def pooled(estimates: Sequence[Evidence]) -> float:
-    """Mean of independent estimates of ``log Z``, weighted by ``1 / se²``, nats; one without an error counts alone."""
+    """Mean of independent estimates of ``log Z``, weighted by ``1 / se²``, nats; an exact one counts alone."""
     best = min(e.log_evidence_se for e in estimates)
     if best == 0 or not math.isfinite(best):
         return next(e.log_evidence for e in estimates if e.log_evidence_se == best)
@@ -227,13 +233,13 @@ class MixtureFisherDivergence(PathObjective):
     r"""``FD(βq + (1−β)m ‖ βp + (1−β)m)``, nats², with path gradients: sees the weights of separated modes.
 
     For a guide whose log density can be had at any latent. Draws are stratified: a share β of them is the guide's,
-    the rest those of m. **It needs log Z**, which is estimated by importance sampling from the same mixture, or given.
+    the rest those of m. **It needs log Z**: estimated by importance sampling from the same mixture, or given.
 
     Args:
         num_particles: N, draws per loss, those of m included; at least 2.
         mixing: the covering density m: :class:`PriorMixing` (default) or :class:`GivenMixing`.
         beta: β in (0, 1), the share of guide and target.
-        log_z: :class:`EstimatedLogZ` (default), or the evidence in nats where it is known (0 for a normalised target).
+        log_z: :class:`EstimatedLogZ` (default), or the evidence in nats where it is known (0 if normalised).
         metric: as in :class:`~pyro_sm.objectives.FisherDivergence`, but ``BaseSpace()`` (default) is the whitened
             space of m: a constant matrix, which makes the loss invariant to affine maps of the latents.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
