@@ -45,6 +45,8 @@ def test_known_answers_are_written_as_they_come_and_not_repeated(
     assert row["all evaluations"] == 12_096
     assert main([*command, "--budget", "4096"]) == 0
     assert capsys.readouterr().out == first
+    assert main([*command, "--budget", "4096", "--markdown"]) == 0
+    assert "| eight-schools-noncentered: sampler | " in capsys.readouterr().out
     assert len(out.read_text().splitlines()) == 1
 
 

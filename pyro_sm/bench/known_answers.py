@@ -4,7 +4,7 @@
 ``python -m pyro_sm bench known-answers``: one line per problem, way and seed. Columns: error of log Z (nats) and its
 own standard error, k̂ and effective share of the final draws, the worst error of a mean and of an sd in reference
 standard deviations (eight schools) or the mode-weight error (mixtures), density evaluations spent on training and in
-all, CPU seconds of the process.
+all (for NUTS: with gradients), CPU seconds of the process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.infer import SVI
+from pyro.infer import MCMC, NUTS, SVI
 from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
@@ -41,9 +41,9 @@ _POOL = 40_000
 
 
 class Fit(NamedTuple):
-    """What a way of fitting leaves behind: weighted draws' log weights, corrected samples by site, and its cost."""
+    """What a way of fitting leaves behind: log weights (None: it has none), usable samples by site, and its cost."""
 
-    log_weight: Tensor
+    log_weight: Tensor | None
     samples: dict[str, Tensor]
     training_evaluations: int
     all_evaluations: int
@@ -150,10 +150,32 @@ def fit_by_marginal_weights(name: str, problem: Problem, seed: int, budget: int,
     return _svi(name, problem, seed, objective, 4000)
 
 
+def fit_by_nuts(name: str, problem: Problem, seed: int, budget: int, bar: bool) -> Fit:
+    """NUTS as a Pyro user runs it: four chains, one after the other, 500 steps of warm-up and 1000 draws each."""
+    calls = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return problem.model(*args)
+
+    chains = []
+    for chain in range(4):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(4 * seed + chain)
+        mcmc = MCMC(NUTS(counted), num_samples=1000, warmup_steps=500, disable_progbar=not bar)
+        mcmc.run(*problem.args)
+        chains.append(mcmc.get_samples())
+    samples = {site: torch.cat([chain[site] for chain in chains]) for site in chains[0]}
+    density = ModelDensity(problem.model, problem.args)
+    return Fit(None, {**samples, **density.deterministics(density.pack(samples))}, calls, calls)
+
+
 WAYS: dict[str, Callable[[str, Problem, int, int, bool], Fit]] = {
     "sampler": fit_by_sampler,
     "svi": fit_by_svi,
     "svi-marginal": fit_by_marginal_weights,
+    "nuts": fit_by_nuts,
 }
 _DEFAULT_RUNS = (
     ("galaxies-3", "sampler"),
@@ -165,6 +187,8 @@ _DEFAULT_RUNS = (
     ("eight-schools-noncentered", "svi"),
     ("gmm40", "sampler"),
     ("gmm40", "svi-marginal"),
+    ("galaxies-3", "nuts"),
+    ("eight-schools-noncentered", "nuts"),
 )
 
 
@@ -173,15 +197,20 @@ def measure(name: str, way: str, seed: int, budget: int, bar: bool = False) -> d
     started = time.process_time()
     problem = problems()[name]
     fit = WAYS[way](name, problem, seed, budget, bar)
-    estimate = evidence(fit.log_weight)
+    weights = {}
+    if fit.log_weight is not None:
+        estimate = evidence(fit.log_weight)
+        weights = {
+            "log Z error": estimate.log_evidence - problem.log_evidence,
+            "log Z se": estimate.log_evidence_se,
+            "khat": pareto_smooth(fit.log_weight).khat,
+            "ESS": effective_sample_size(fit.log_weight) / fit.log_weight.shape[0],
+        }
     return {
         "problem": name,
         "way": way,
         "seed": seed,
-        "log Z error": estimate.log_evidence - problem.log_evidence,
-        "log Z se": estimate.log_evidence_se,
-        "khat": pareto_smooth(fit.log_weight).khat,
-        "ESS": effective_sample_size(fit.log_weight) / fit.log_weight.shape[0],
+        **weights,
         **problem.score(fit.samples),
         "training evaluations": fit.training_evaluations,
         "all evaluations": fit.all_evaluations,
@@ -196,12 +225,40 @@ def _line(row: dict[str, Any]) -> str:
     return ", ".join(f"{key} {show(value)}" if i > 2 else show(value) for i, (key, value) in enumerate(row.items()))
 
 
+def _modes(row: dict[str, Any]) -> str:
+    if "worst share error" in row:
+        return f"{row['modes']}; {row['worst share error']:.3f}"
+    if "mode TV" in row:
+        return f"{row['modes']}; TV {row['mode TV']:.3f} (exact draws {row['mode TV floor']:.3f})"
+    return "–"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| problem: way | log Z error ± se | k̂ | ESS | modes; worst share error | worst mean / sd error "
+        "| evaluations: training + draws | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        weights = "– | – | –"
+        if "khat" in row:
+            weights = f"{row['log Z error']:+.3f} ± {row['log Z se']:.3f} | {row['khat']:.2f} | {row['ESS']:.2f}"
+        errors = f"{row['mean error']:.3f} / {row['sd error']:.3f}" if "mean error" in row else "–"
+        training = row["training evaluations"]
+        cost = f"{training:,} + {row['all evaluations'] - training:,}"
+        name = f"{row['problem']}: {row['way']}"
+        lines.append(f"| {name} | {weights} | {_modes(row)} | {errors} | {cost} | {row['CPU s']:.0f} |")
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench known-answers``."""
     parser.add_argument("--only", nargs="*", default=[], metavar="PROBLEM[:WAY]", help="these runs only")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--budget", type=int, default=100_000, help="density evaluations for training (sampler)")
     parser.add_argument("--out", type=Path, help="JSON lines; runs already in it are not repeated")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the README at the end")
     parser.add_argument("--progress", action="store_true", help="show progress bars")
 
 
@@ -219,14 +276,17 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     )
-    done = []
+    done, rows = [], []
     if options.out is not None and options.out.is_file():
         done = [json.loads(line) for line in options.out.read_text().splitlines()]
     for name, way in runs:
         for seed in options.seeds:
             held = [r for r in done if (r["problem"], r["way"], r["seed"]) == (name, way, seed)]
             row = held[0] if held else measure(name, way, seed, options.budget, options.progress)
+            rows.append(row)
             print(_line(row), flush=True)
             if options.out is not None and not held:
                 with options.out.open("a") as stream:
                     stream.write(json.dumps(row) + "\n")
+    if options.markdown:
+        print(f"\n{markdown(rows)}")
