@@ -65,7 +65,7 @@ def eight_schools_demo(folder: Path, *, seed: int, stopping: StoppingRule) -> No
     sampler = DiffusionSampler(eight_schools.noncentered, seed=seed, stopping=stopping)
     sampler.run(*eight_schools.data())
     seconds = time.monotonic() - started
-    idata = _write(sampler, folder, "eight-schools", ["mu", "tau", "theta"])
+    idata = _write(sampler, folder, "eight-schools", ["mu", "tau", "theta_raw"])
     print(summary_table(idata, ["mu", "tau", "theta"]))
     print(sampler.report())
     worst = eight_schools.errors(sampler.get_samples(20_000))

@@ -140,3 +140,14 @@ def test_debug_shows_the_traceback(files: Path, capsys: pytest.CaptureFixture[st
 def test_bench_names_what_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "known-answers", "--only", "nothing"]) == 1
     assert "eight-schools-centered:svi" in error_of(capsys)
+
+
+def test_demo_runs_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a budget far too small for right answers: what is checked is that everything is written and said."""
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--budget", "4096"]) == 0
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    for problem in ("galaxies-3", "eight-schools"):
+        assert {f"{problem}.nc", f"{problem}-training.png", f"{problem}-pairs.png", f"{problem}-khat.png"} <= names
+    printed = capsys.readouterr().out
+    for words in ("literature", "labellings", "reference", "exact", "threads"):
+        assert words in printed
