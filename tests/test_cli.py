@@ -142,6 +142,7 @@ def test_bench_names_what_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "eight-schools-centered:svi" in error_of(capsys)
 
 
+@pytest.mark.filterwarnings("ignore:Pareto k")
 def test_demo_runs_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a budget far too small for right answers: what is checked is that everything is written and said."""
     assert main(["demo", "--out", str(tmp_path / "demo"), "--budget", "4096"]) == 0
