@@ -38,7 +38,7 @@ class TrainingState(NamedTuple):
     """All that the next step needs and the guide does not hold.
 
     ``buffer``: the last rounds. ``steps``: optimiser steps since the last round. ``loss_sum``: of those steps.
-    ``history``: one entry per round. ``seconds``: of rounds and losses so far.
+    ``history``: one entry per round. ``seconds``: of rounds, losses and gradients so far.
     """
 
     buffer: Buffer = Buffer()
@@ -222,5 +222,7 @@ class ImportanceWeightedScoreMatching(ELBO):
     def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss of one batch, its gradients added to the guide's parameters; may begin a round."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        started = time.monotonic()
         loss.backward()
+        self.state = self.state._replace(seconds=self.state.seconds + time.monotonic() - started)
         return float(loss.detach())
