@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.infer import MCMC, NUTS, SVI
-from pyro.optim import Adam, PyroLRScheduler
+from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
 from pyro_sm.base import Draws
@@ -135,7 +135,8 @@ def fit_by_svi(name: str, problem: Problem, seed: int, budget: int, bar: bool) -
     pyro.set_rng_seed(seed)
     guide = AutoDiffusion(problem.model, base=_base_for(name))
     loss = ImportanceWeightedScoreMatching()
-    svi = SVI(problem.model, guide, Adam({"lr": 1e-3}), loss)
+    adam = PyroOptim(torch.optim.Adam, {"lr": 1e-3})  # pyro.optim.Adam, by a name that type checkers see
+    svi = SVI(problem.model, guide, adam, loss)
     for _ in range(1000):
         svi.step(*problem.args)
     return _after_svi(guide, problem, loss)
