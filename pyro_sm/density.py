@@ -78,6 +78,37 @@ def gaussian_log_prob(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
     return -0.5 * white.square().sum(-1) - log_det - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
 
+def given_gaussian(loc: Tensor | float, scale: Tensor | float, density: Density) -> tuple[Tensor, Tensor]:
+    """A user's Gaussian for the latents of ``density``, checked: ``loc`` (D,) and lower-triangular scale (D, D).
+
+    Args:
+        loc: (D,), or a number for all latents.
+        scale: a number, (D,) standard deviations, or (D, D) lower-triangular.
+        density: for D, dtype and device.
+
+    Raises:
+        ValueError: a shape does not match, a number is not finite, or the scale is no Cholesky factor.
+    """
+    dim = density.dim
+    loc = torch.as_tensor(loc, dtype=density.dtype, device=density.device)
+    scale = torch.as_tensor(scale, dtype=density.dtype, device=density.device)
+    if loc.shape not in ((), (dim,)):
+        raise ValueError(f"expected loc of shape () or ({dim},), found {tuple(loc.shape)}")
+    if scale.shape not in ((), (dim,), (dim, dim)):
+        raise ValueError(f"expected scale of shape (), ({dim},) or ({dim}, {dim}), found {tuple(scale.shape)}")
+    if not bool(torch.isfinite(loc).all()):
+        raise ValueError(f"expected a finite loc, found {loc.tolist()}")
+    tril = scale if scale.ndim == 2 else torch.diag(scale.expand(dim))
+    if not bool((tril.diagonal() > 0).all()) or not bool(torch.isfinite(tril).all()):
+        raise ValueError("expected a finite scale with a positive diagonal")
+    if bool((tril.triu(1) != 0).any()):
+        raise ValueError(
+            "expected a lower-triangular scale, found entries above the diagonal: of a covariance, pass "
+            "torch.linalg.cholesky(covariance)"
+        )
+    return loc.expand(dim).clone(), tril.clone()
+
+
 class GaussianDensity(FunctionDensity):
     """``N(loc, L Lᵀ)``, normalised. ``loc``: (D,); ``scale_tril``: (D, D)."""
 

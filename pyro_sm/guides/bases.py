@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_sm.base import Density, PyroSMWarning
 from pyro_sm.batch_and_match import Gaussian, batch_and_match
+from pyro_sm.density import given_gaussian
 from pyro_sm.model import ModelDensity
 
 
@@ -89,24 +90,7 @@ class GivenBase:
 
     def fit(self, density: ModelDensity) -> LocScale:
         """Check the shapes against the model and return the base."""
-        dim = density.dim
-        loc = torch.as_tensor(self.loc, dtype=density.dtype, device=density.device)
-        scale = torch.as_tensor(self.scale, dtype=density.dtype, device=density.device)
-        if loc.shape not in ((), (dim,)):
-            raise ValueError(f"expected loc of shape () or ({dim},), found {tuple(loc.shape)}")
-        if scale.shape not in ((), (dim,), (dim, dim)):
-            raise ValueError(f"expected scale of shape (), ({dim},) or ({dim}, {dim}), found {tuple(scale.shape)}")
-        if not bool(torch.isfinite(loc).all()):
-            raise ValueError(f"expected a finite loc, found {loc.tolist()}")
-        tril = scale if scale.ndim == 2 else torch.diag(scale.expand(dim))
-        if not bool((tril.diagonal() > 0).all()) or not bool(torch.isfinite(tril).all()):
-            raise ValueError("expected a finite scale with a positive diagonal")
-        if bool((tril.triu(1) != 0).any()):
-            raise ValueError(
-                "expected a lower-triangular scale, found entries above the diagonal: of a covariance, pass "
-                "torch.linalg.cholesky(covariance)"
-            )
-        return LocScale(loc.expand(dim).clone(), tril.clone())
+        return LocScale(*given_gaussian(self.loc, self.scale, density))
 
 
 def _finite_start(density: Density, draws: Tensor) -> Tensor:

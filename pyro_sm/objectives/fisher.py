@@ -322,9 +322,9 @@ class FisherDivergence(PathObjective):
     cannot see the relative weight of separated modes.
 
     In base space a guide much narrower than the posterior scores D, the number of latents, with hardly a gradient;
-    locations move slowly along weakly identified directions. On eight schools (non-centred, full-rank Gaussian, 1000
-    steps) the worst mean is still 1.7 posterior standard deviations off where ``Trace_ELBO`` is .47 off, from a wide
-    start too: for a Gaussian use Batch-and-Match, which minimises the same divergence without gradients of it.
+    locations move slowly along weakly identified directions. It can take
+    many more steps than ``Trace_ELBO`` to the same accuracy, from a wide start too: for a Gaussian use
+    Batch-and-Match, which minimises the same divergence without gradients of it.
 
     Args:
         num_particles: N, draws per loss.

@@ -29,7 +29,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.density import gaussian_log_prob
+from pyro_sm.density import gaussian_log_prob, given_gaussian
 from pyro_sm.model import ModelDensity
 from pyro_sm.objectives.fisher import PathObjective, gradient, squared_norm
 from pyro_sm.objectives.fisher_metrics import BaseSpace, Metric
@@ -158,18 +158,7 @@ class GivenMixing:
 
     def fit(self, density: ModelDensity) -> MixingDensity:
         """Check the shapes against the model."""
-        dim = density.dim
-        loc = torch.as_tensor(self.loc, dtype=density.dtype, device=density.device)
-        scale = torch.as_tensor(self.scale, dtype=density.dtype, device=density.device)
-        if loc.shape not in ((), (dim,)) or scale.shape not in ((), (dim,), (dim, dim)):
-            raise ValueError(
-                f"expected loc of shape () or ({dim},) and scale of shape (), ({dim},) or ({dim}, {dim}), found "
-                f"{tuple(loc.shape)} and {tuple(scale.shape)}"
-            )
-        tril = scale if scale.ndim == 2 else torch.diag(scale.expand(dim))
-        if not bool((tril.diagonal() > 0).all()) or bool((tril.triu(1) != 0).any()):
-            raise ValueError("expected a lower-triangular scale with a positive diagonal")
-        return MixingDensity(loc.expand(dim).clone(), tril.clone())
+        return MixingDensity(*given_gaussian(self.loc, self.scale, density))
 
 
 @dataclass(frozen=True)
