@@ -8,6 +8,7 @@ from pyro_sm.objectives.density_estimation import (
     ImplicitScoreMatching,
     no_guide,
 )
+from pyro_sm.objectives.draws import DrawsScoreMatching
 from pyro_sm.objectives.fisher import FisherDivergence
 from pyro_sm.objectives.fisher_metrics import BaseSpace, FlowMetric, Identity, MatrixMetric
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching
@@ -22,6 +23,7 @@ __all__ = [
     "CorrectedDensity",
     "DenoisingScoreMatching",
     "DiffusionScoreMatching",
+    "DrawsScoreMatching",
     "EstimatedLogZ",
     "FisherDivergence",
     "FlowMetric",

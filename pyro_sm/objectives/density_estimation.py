@@ -2,8 +2,8 @@
 r"""Fitting an unnormalised Pyro model to data by score matching; no normaliser is ever computed.
 
 The model is an energy of the data (see ``model_energy.py``): its one latent site is the data vector ``x`` (D,), its
-factors are ``log p̃(x; θ)``. The first argument of ``svi.step`` is the data, (N, D), or a mini-batch of them;
-further arguments go to the model:
+factors are ``log p̃(x; θ)``. The first argument of ``svi.step`` is the data, (N, D), or a mini-batch of them, as a
+tensor or as a ``DataLoader`` over a ``TensorDataset`` yields it; further arguments go to the model:
 
     def energy():
         precision = pyro.param("precision", torch.eye(2), constraint=constraints.positive_definite)
@@ -58,6 +58,11 @@ def no_guide(*args: Any, **kwargs: Any) -> None:
     """The guide of an energy model: there is nothing to guide."""
 
 
+def _batch(given: Any) -> Any:
+    """A ``DataLoader`` over a ``TensorDataset`` yields lists of tensors; one of a single tensor is that tensor."""
+    return given[0] if isinstance(given, list | tuple) and len(given) == 1 else given
+
+
 def checked_data(args: Args) -> tuple[Tensor, Args]:
     """The data (N, D) and the model's own arguments, from the arguments of ``svi.step``.
 
@@ -65,10 +70,10 @@ def checked_data(args: Args) -> tuple[Tensor, Args]:
         TypeError: the first argument is missing or no floating-point tensor.
         ValueError: it is not of shape (N, D) with N ≥ 1, or not finite.
     """
-    if not args or not isinstance(args[0], Tensor):
+    if not args or not isinstance(_batch(args[0]), Tensor):
         found = type(args[0]).__name__ if args else "no argument"
         raise TypeError(f"expected the data, a tensor (N, D), as the first argument of svi.step, found {found}")
-    data = args[0]
+    data = _batch(args[0])
     if not data.is_floating_point():
         raise TypeError(f"expected floating-point data, found {data.dtype}")
     if data.ndim != 2 or data.shape[0] < 1:
