@@ -35,6 +35,7 @@ from torch.distributions.transforms import Transform
 from pyro_sm.base import ModelRefusedError
 from pyro_sm.divergence import Divergence, Exact
 from pyro_sm.model_energy import ModelEnergy
+from pyro_sm.objectives.gradients import backward
 from pyro_sm.objectives.score_estimation import (
     Matrix,
     constant_matrix,
@@ -183,6 +184,7 @@ class EnergyObjective(ELBO):
 
         Raises:
             ModelRefusedError: Pyro saw no parameter in the model, so nothing would be trained.
+            ValueError: the loss or a gradient is NaN.
         """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         local = pyro.settings.get("module_local_params")
@@ -191,7 +193,7 @@ class EnergyObjective(ELBO):
                 "the energy model has no parameter that Pyro can see: use pyro.param, a PyroModule, or "
                 'pyro.module("net", net) inside the model'
             )
-        loss.backward()
+        backward(loss, model)
         return float(loss.detach())
 
 

@@ -39,6 +39,7 @@ from pyro_sm.model import ModelDensity
 from pyro_sm.model_cache import Cache, bound_density
 from pyro_sm.model_trace import isolated_rng, no_validation
 from pyro_sm.objectives.fisher_metrics import BaseSpace, Metric, jacobian
+from pyro_sm.objectives.gradients import backward
 from pyro_sm.objectives.guide_paths import Path, automatic_path, guide_name, set_up
 from pyro_sm.objectives.traced_paths import TracedGuide
 
@@ -303,10 +304,14 @@ class PathObjective(ELBO):
         return self._evaluate(model, guide, args, kwargs, commit=grad, create_graph=grad)
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The divergence of one batch of draws, its gradients added to the guide's parameters."""
+        """The divergence of one batch of draws, its gradients added to the guide's parameters.
+
+        Raises:
+            ValueError: the loss or a gradient is NaN.
+        """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
-            loss.backward()
+            backward(loss, guide)
         return float(loss.detach())
 
 
