@@ -14,21 +14,27 @@ Kernels here are radial, ``κ = φ(r²)`` with ``r² = ‖x − x'‖²``, so th
 Gaussian (RBF) does not. Like the Fisher divergence, KSD hardly sees the relative weight of separated modes.
 Units: squared scores (nats per unit of x, squared).
 
+With a diffusion matrix ``m(x)`` (D, D) the operator is ``S f = p⁻¹ ∇·(p m f) = b·f + Σ_ij m_ij ∂_i f_j`` with the
+*drift* ``b_j = (mᵀs)_j + Σ_i ∂_i m_ij``, and the Stein kernel of ``κ I``
+
+    h_m(x, x') = b·b' κ + b·m'ᵀ∇_{x'}κ + b'·mᵀ∇_xκ + Σ_ik (m m'ᵀ)_ik ∂_i ∂'_k κ
+               = b·b' φ + 2φ' r·(m b' − m' b) − 2φ' tr(m m'ᵀ) − 4φ'' (mᵀr)·(m'ᵀr),   r = x − x'.
+
 Sources: "A Kernelized Stein Discrepancy for Goodness-of-fit Tests" https://arxiv.org/abs/1602.03253 ;
 "A Kernel Test of Goodness of Fit" https://arxiv.org/abs/1602.02964 ;
 "Measuring Sample Quality with Kernels" https://arxiv.org/abs/1703.01717 ;
+"Minimum Stein Discrepancy Estimators" https://arxiv.org/abs/1906.08283 ;
 "Interpreting diffusion score matching using normalizing flow" https://arxiv.org/abs/2107.10072 .
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
 from pyro_sm.divergence import jacobian
 
@@ -139,6 +145,25 @@ def stein_kernel(x: Tensor, score: Tensor, other: Tensor, other_score: Tensor, k
     return (score @ other_score.T) * k.value - 2 * k.first * (crossed + x.shape[1]) - 4 * squared * k.second
 
 
+def diffusion_stein_kernel(
+    x: Tensor,
+    drift: Tensor,
+    matrix: Tensor,
+    other: Tensor,
+    other_drift: Tensor,
+    other_matrix: Tensor,
+    kernel: RadialKernel,
+) -> Tensor:
+    """``h_m(x_i, x'_j)`` (N, M); points and drifts (N, D), (M, D), matrices (N, D, D), (M, D, D). Differentiable."""
+    gap = x[:, None] - other
+    k = kernel.profile(gap.square().sum(-1))
+    own = torch.einsum("nmi,nij->nmj", gap, matrix)  # mᵀr
+    others = torch.einsum("nmi,mij->nmj", gap, other_matrix)  # m'ᵀr
+    crossed = (own * other_drift).sum(-1) - (others * drift[:, None]).sum(-1)
+    trace = matrix.flatten(1) @ other_matrix.flatten(1).T
+    return (drift @ other_drift.T) * k.value + 2 * k.first * (crossed - trace) - 4 * k.second * (own * others).sum(-1)
+
+
 def _checked(z: Tensor, score: Tensor) -> None:
     if z.ndim != 2 or z.shape != score.shape:
         raise ValueError(
@@ -148,10 +173,15 @@ def _checked(z: Tensor, score: Tensor) -> None:
         raise ValueError(f"expected at least two draws, found {len(z)}")
 
 
-def _rows(z: Tensor, score: Tensor, kernel: RadialKernel, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+def _rows(
+    z: Tensor, score: Tensor, kernel: RadialKernel, chunk_size: int, matrix: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(z), chunk_size):
         part = slice(start, min(start + chunk_size, len(z)))
-        yield part, stein_kernel(z[part], score[part], z, score, kernel)
+        if matrix is None:
+            yield part, stein_kernel(z[part], score[part], z, score, kernel)
+        else:
+            yield part, diffusion_stein_kernel(z[part], score[part], matrix[part], z, score, matrix, kernel)
 
 
 class SteinStatistics(NamedTuple):
@@ -161,10 +191,11 @@ class SteinStatistics(NamedTuple):
     v: Tensor
 
 
-def _diagonal(score: Tensor, kernel: RadialKernel) -> Tensor:
-    """``h(x_i, x_i) = ‖s_i‖² φ(0) − 2D φ'(0)`` (N,), in closed form."""
+def _diagonal(score: Tensor, kernel: RadialKernel, matrix: Tensor | None = None) -> Tensor:
+    """``h(x_i, x_i) = ‖s_i‖² φ(0) − 2 tr(m mᵀ) φ'(0)`` (N,), in closed form; ``tr(m mᵀ) = D`` without a matrix."""
     zero = kernel.profile(score.new_zeros(()))
-    return zero.value * score.square().sum(-1) - 2 * score.shape[1] * zero.first
+    size = score.shape[1] if matrix is None else matrix.square().sum((1, 2))
+    return zero.value * score.square().sum(-1) - 2 * size * zero.first
 
 
 def stein_statistics(
@@ -173,6 +204,7 @@ def stein_statistics(
     kernel: RadialKernel | None = None,
     *,
     weight: Tensor | None = None,
+    matrix: Tensor | None = None,
     chunk_size: int = 1024,
 ) -> SteinStatistics:
     """U- and V-statistic of ``KSD²`` between draws and the density with these scores; differentiable in both.
@@ -184,6 +216,7 @@ def stein_statistics(
         weight: (N,) of the draws, summing to one; by default ``1/N``. With weights
             ``V = Σ w_i w_j h_ij`` and ``U = Σ_{i≠j} w_i w_j h_ij / (1 − Σ w_i²)``, unbiased if they are constants
             and the draws identically distributed.
+        matrix: diffusion matrices ``m(z)`` (N, D, D); ``score`` is then the drift b, both of :func:`through_matrix`.
         chunk_size: rows of the N×N matrix held at once (all of them, where gradients are wanted).
 
     Raises:
@@ -196,9 +229,9 @@ def stein_statistics(
     elif weight.shape != z.shape[:1]:
         raise ValueError(f"expected weights of shape ({len(z)},), found {tuple(weight.shape)}")
     total = z.new_zeros(())
-    for part, block in _rows(z, score, kernel, chunk_size):
+    for part, block in _rows(z, score, kernel, chunk_size, matrix):
         total = total + weight[part] @ block @ weight
-    trace = (weight.square() * _diagonal(score, kernel)).sum()
+    trace = (weight.square() * _diagonal(score, kernel, matrix)).sum()
     return SteinStatistics((total - trace) / (1 - weight.square().sum()), total)
 
 
@@ -284,7 +317,7 @@ class Pushed(NamedTuple):
     score: Tensor
 
 
-def through_flow(flow: Transform, z: Tensor, score: Tensor, *, create_graph: bool = False) -> Pushed:
+def through_flow(flow: Callable[[Tensor], Tensor], z: Tensor, score: Tensor, *, create_graph: bool = False) -> Pushed:
     """Draws and scores in ``y = T(z)``: ``s_y = J⁻ᵀ (s − ∇log|det J|)``, ``J = ∂T/∂z``.
 
     KSD of the result is the *diffusion* kernel Stein discrepancy of ``z`` with ``m = J⁻¹`` and the kernel
@@ -308,3 +341,36 @@ def through_flow(flow: Transform, z: Tensor, score: Tensor, *, create_graph: boo
         own = score if volume is None else score - volume
         pushed = torch.linalg.solve(j.mT, own[..., None]).squeeze(-1)
     return Pushed(y, pushed) if create_graph else Pushed(y.detach(), pushed.detach())
+
+
+class Diffused(NamedTuple):
+    """Drifts ``b = mᵀs + ∇·m`` (N, D) and diffusion matrices ``m`` (N, D, D) at the draws."""
+
+    drift: Tensor
+    matrix: Tensor
+
+
+def through_matrix(
+    matrix: Callable[[Tensor], Tensor], z: Tensor, score: Tensor, *, create_graph: bool = False
+) -> Diffused:
+    """What the Stein operator ``S f = p⁻¹ ∇·(p m f)`` needs of a diffusion matrix; ``(∇·m)_j = Σ_i ∂_i m_ij``.
+
+    Args:
+        matrix: maps (N, D) to ``m``, (N, D, D), each row on its own; differentiable, twice for ``create_graph``.
+        z: draws, (N, D).
+        score: (N, D).
+        create_graph: keep the result differentiable in ``z``, which must then require grad, and in ``score``.
+
+    Raises:
+        ValueError: shapes differ, or the matrix has another shape.
+    """
+    _checked(z, score)
+    with torch.enable_grad():
+        leaf = z if create_graph else z.detach().requires_grad_(True)
+        m = matrix(leaf)
+        if m.shape != (*z.shape, z.shape[1]):
+            raise ValueError(f"expected a diffusion matrix of shape {(*z.shape, z.shape[1])}, found {tuple(m.shape)}")
+        # Row i of m is a field in j; of its Jacobian (N, j, k) the part k = i enters.
+        rows = [jacobian(m[:, i], leaf, create_graph=create_graph)[:, :, i] for i in range(z.shape[1])]
+        drift = (m.mT @ score[..., None]).squeeze(-1) + torch.stack(rows).sum(0)
+    return Diffused(drift, m) if create_graph else Diffused(drift.detach(), m.detach())

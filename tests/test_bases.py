@@ -113,6 +113,46 @@ def test_batch_and_match_is_wider_by_default(float64):
     torch.testing.assert_close((base.scale_tril @ base.scale_tril.T) / 1.44, covariance, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_batch_and_match_with_a_rank(float64, rank):
+    density = ModelDensity(linear, (DATA,))
+    base = BatchAndMatchBase(inflate=1.0, rank=rank).fit(density)
+    loc, covariance = posterior()
+    found = base.scale_tril @ base.scale_tril.T
+    assert bool((base.scale_tril.triu(1) == 0).all())
+    if rank == 3:  # every covariance is a diagonal plus rank three
+        torch.testing.assert_close(base.loc, loc, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, covariance, rtol=1e-3, atol=1e-3)
+    rest = found - covariance.diagonal().diag()
+    assert float(torch.linalg.eigvalsh(rest).abs().max()) > 0.05, "a correlation was found"
+
+
+def test_batch_and_match_with_many_latents_is_low_rank(float64):
+    """One factor ties 250 latents together, before and after the data; a diagonal would miss it."""
+    dim = 250
+    weight = torch.linspace(-1.0, 2.0, dim)
+    data = torch.sin(torch.arange(dim)) + weight
+
+    def model():
+        prior = dist.LowRankMultivariateNormal(torch.zeros(dim), weight[:, None], torch.ones(dim))
+        x = pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=data)
+
+    prior_precision = torch.linalg.inv(torch.eye(dim) + torch.outer(weight, weight))
+    covariance = torch.linalg.inv(prior_precision + torch.eye(dim))
+    base = BatchAndMatchBase(inflate=1.0).fit(ModelDensity(model))
+    torch.testing.assert_close(base.loc, covariance @ data, rtol=0.0, atol=0.05)
+    found = base.scale_tril @ base.scale_tril.T
+    torch.testing.assert_close(found, covariance, rtol=0.0, atol=0.05)
+    tied = covariance - covariance.diagonal().diag()
+    assert float(tied.norm() / covariance.norm()) > 0.05, "there was something beside the diagonal"
+
+
+def test_batch_and_match_refuses_no_rank():
+    with pytest.raises(ValueError, match="rank >= 1, found 0"):
+        BatchAndMatchBase(rank=0)
+
+
 def test_prior_moments(float64):
     n = 20_000
 

@@ -22,7 +22,8 @@ from pyro_sm.objectives.density_estimation import (
     ImplicitScoreMatching,
     no_guide,
 )
-from pyro_sm.objectives.score_estimation import flow_matrix, gaussian_information
+from pyro_sm.objectives.diffusion_matrices import flow_matrix
+from pyro_sm.objectives.score_estimation import gaussian_information
 
 DIM = 2
 exact = {"rtol": 1e-10, "atol": 1e-12}

@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.distributions import AffineTransform, ExpTransform
-from torch.distributions.transforms import Transform
 
 from pyro_sm.divergence import (
     Exact,
@@ -21,6 +19,7 @@ from pyro_sm.divergence import (
     sphere,
 )
 from pyro_sm.objectives import score_estimation as se
+from pyro_sm.objectives.diffusion_matrices import constant_matrix
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -240,20 +239,6 @@ def test_the_spread_of_every_loss(sigma):
 # ---------------------------------------------------------------------- diffusion matrices and flows
 
 
-class Triangular(Transform):
-    """A non-linear triangular flow with a full lower Jacobian."""
-
-    domain = codomain = torch.distributions.constraints.real_vector
-    bijective = True
-
-    def _call(self, x):
-        a, b = x.unbind(-1)
-        return torch.stack([a + 0.3 * a**3, 0.8 * b + 0.5 * a**2 + 0.6 * a], -1)
-
-    def log_abs_det_jacobian(self, x, y):
-        return (1 + 0.9 * x[..., 0] ** 2).log() + math.log(0.8)
-
-
 def varying(x):
     a, b = x.unbind(-1)
     rows = [torch.stack([1 + 0.2 * a, 0.3 * b], -1), torch.stack([0.1 - 0.4 * a, 0.8 + 0.1 * a * b], -1)]
@@ -281,86 +266,10 @@ def test_diffusion_implicit_is_explicit_up_to_one_constant(divergence):
 
 def test_the_identity_matrix_gives_the_implicit_loss():
     x, _ = data_points()
-    weighted = se.weighted_score_and_forms(quartic, se.constant_matrix(torch.eye(2)), x, Exact().probes(x))
+    weighted = se.weighted_score_and_forms(quartic, constant_matrix(torch.eye(2)), x, Exact().probes(x))
     score, trace = score_and_trace(quartic, x)
     found = se.diffusion_implicit(weighted.score, weighted.forms.sum(0)).detach()
     torch.testing.assert_close(found, se.implicit(score, trace), **exact)
-
-
-def test_a_flow_is_a_diffusion_matrix_and_its_transpose_is_not():
-    flow = Triangular()
-    x, w = data_points()
-    q, p = cubic, quartic
-
-    def pushed_score(log_prob):
-        """In y-space, through the inverse function: ``∇_y [log p(x(y)) − log|det J|]``."""
-        leaf = x.clone().requires_grad_(True)
-        y = flow(leaf)
-        value = log_prob(leaf) - flow.log_abs_det_jacobian(leaf, y)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        j = torch.stack([torch.autograd.functional.jacobian(flow, row) for row in x])
-        return torch.linalg.solve(j.mT, gradient[..., None]).squeeze(-1)
-
-    matrix = se.flow_matrix(flow)(x).detach()
-    s_q, s_p = score_and_trace(q, x)[0], score_and_trace(p, x)[0]
-    in_y = (w * se.explicit(pushed_score(q), pushed_score(p))).sum()
-    in_x = (w * se.diffusion_explicit(s_q, s_p, matrix)).sum()
-    transposed = (w * se.diffusion_explicit(s_q, s_p, matrix.mT)).sum()
-    torch.testing.assert_close(in_x, in_y, **exact)
-    assert abs(float(transposed / in_y) - 1) > 0.1
-
-
-def test_flow_matrix_of_an_elementwise_transform():
-    x = torch.randn(4, 2)
-    torch.testing.assert_close(se.flow_matrix(ExpTransform())(x).detach(), torch.diag_embed(torch.exp(-x)), **exact)
-    scale = torch.tensor([2.0, -0.5])
-    torch.testing.assert_close(
-        se.flow_matrix(AffineTransform(0.0, scale))(x).detach(), torch.diag_embed(1 / scale).expand(4, 2, 2), **exact
-    )
-
-
-def test_metric_matrix():
-    x = torch.randn(4, 2)
-    root = varying(x)
-    metric = root @ root.mT + torch.eye(2)
-    m = se.metric_matrix(lambda _: metric)(x)
-    torch.testing.assert_close(m @ m.mT, torch.linalg.inv(metric), **exact)
-    assert float((m.mT @ m - torch.linalg.inv(metric)).abs().max()) > 1e-3
-
-
-def swirl(x, t):
-    a, b = x.unbind(-1)
-    return torch.stack([torch.sin(b) + 0.3 * t * a, a * torch.tanh(b) - 0.4 * a**2], -1)
-
-
-def test_both_sides_of_the_continuous_flow_identity():
-    u, w = hermite(2)
-    x = MEAN + 0.5 * (u @ TRIL.T)
-    delta = score_and_trace(cubic, x)[0] - score_and_trace(quartic, x)[0]
-    times = torch.linspace(0.0, 1.0, 101)
-
-    def solution(start):
-        """The flow map by the same solver, differentiable."""
-        for t0, t1 in itertools.pairwise(times.tolist()):
-            h = t1 - t0
-            k1 = swirl(start, t0)
-            k2 = swirl(start + h / 2 * k1, t0 + h / 2)
-            k3 = swirl(start + h / 2 * k2, t0 + h / 2)
-            k4 = swirl(start + h * k3, t1)
-            start = start + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        return start
-
-    found = se.along_flow(swirl, x, delta, times)
-    leaf = x.clone().requires_grad_(True)
-    j = jacobian(solution(leaf), leaf, create_graph=False)
-    expected = torch.linalg.solve(j.mT, delta[..., None]).squeeze(-1)
-    torch.testing.assert_close(found.x, solution(x), **exact)
-    torch.testing.assert_close(found.delta, expected, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(
-        found.delta.square().sum(1), delta.square().sum(1) + found.change, rtol=1e-6, atol=1e-6
-    )
-    final, start = (w * expected.square().sum(1)).sum(), (w * delta.square().sum(1)).sum()
-    assert abs(float(final - start + (w * found.change).sum())) > 1e-2, "the sign matters"
 
 
 # ------------------------------------------------------------------------------------------- information

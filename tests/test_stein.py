@@ -23,12 +23,14 @@ from pyro_sm.objectives.stein import SteinDiscrepancy, stein_discrepancy
 from pyro_sm.stein import (
     IMQ,
     RBF,
+    diffusion_stein_kernel,
     median_distance,
     stein_kernel,
     stein_statistics,
     stein_test,
     stein_test_from_signs,
     through_flow,
+    through_matrix,
     wild_signs,
 )
 
@@ -209,6 +211,125 @@ def test_the_diffusion_discrepancy_is_the_plain_one_behind_the_flow():
         torch.testing.assert_close(found[i, j], h(x[i], x[j], inverse_jacobian), rtol=1e-9, atol=1e-9)
         transposed = h(x[i], x[j], lambda v: inverse_jacobian(v).mT)
         assert abs(float(found[i, j] - transposed)) > 1e-2
+
+
+# ------------------------------------------------------------------------------------------- diffusion matrices
+
+
+def varying(x):
+    a, b, c = x.unbind(-1)
+    rows = [
+        torch.stack([1 + 0.2 * a**2, 0.3 * b, 0.1 * a * c], -1),
+        torch.stack([0.4 * torch.sin(a), 0.8 + 0.1 * c, -0.5 * b], -1),
+        torch.stack([0.2 * c, 0.1 * a, 1.3 + 0.2 * torch.tanh(b)], -1),
+    ]
+    return torch.stack(rows, -2)
+
+
+def operator(matrix, x, log_p, field):
+    """``p⁻¹ ∇·(p m f)`` at one point, from its definition, differentiable in what ``field`` depends on."""
+
+    def flux(at):
+        return torch.exp(log_p(at)) * (matrix(at[None])[0] @ field(at))
+
+    j = torch.autograd.functional.jacobian(flux, x, create_graph=True)
+    return torch.trace(j) / torch.exp(log_p(x))
+
+
+def log_density(x):
+    return -0.5 * (x - MEAN) @ PRECISION @ (x - MEAN)
+
+
+def diffusion_by_autograd(kernel, matrix, x, y):
+    """``Σ_j S_x S_y [κ(x, y) e_j ⊗ e_j]``: the operator applied to both arguments of the kernel."""
+    total = 0.0
+    for j in range(3):
+        unit = torch.eye(3, dtype=x.dtype)[j]
+
+        def outer(at, unit=unit):
+            return operator(matrix, y, log_density, lambda b: value(kernel, at, b) * unit) * unit
+
+        total = total + operator(matrix, x, log_density, outer)
+    return total.detach()
+
+
+@kernels
+def test_the_diffusion_stein_kernel_is_its_definition(kernel):
+    x, y = draws(3), draws(2)
+    at_x, at_y = through_matrix(varying, x, score(x)), through_matrix(varying, y, score(y))
+    found = diffusion_stein_kernel(x, at_x.drift, at_x.matrix, y, at_y.drift, at_y.matrix, kernel)
+    expected = torch.stack([torch.stack([diffusion_by_autograd(kernel, varying, a, b) for b in y]) for a in x])
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    transposed = diffusion_stein_kernel(x, at_x.drift, at_x.matrix.mT, y, at_y.drift, at_y.matrix.mT, kernel)
+    assert float((transposed - found).abs().max()) > 1e-2
+    plain = (varying(x).mT @ score(x)[..., None])[..., 0]  # the drift without the divergence of the matrix
+    without = diffusion_stein_kernel(x, plain, at_x.matrix, y, at_y.drift, at_y.matrix, kernel)
+    assert float((without - found).abs().max()) > 1e-2
+
+
+@kernels
+def test_the_identity_matrix_is_the_plain_discrepancy(kernel):
+    x = draws(6)
+    s = score(x)
+    at = through_matrix(lambda z: torch.eye(3, dtype=z.dtype).expand(len(z), 3, 3), x, s)
+    torch.testing.assert_close(at.drift, s, **exact)
+    found = stein_statistics(x, at.drift, kernel, matrix=at.matrix, chunk_size=4)
+    for one, other in zip(found, stein_statistics(x, s, kernel), strict=True):
+        torch.testing.assert_close(one, other, **exact)
+
+
+def test_the_drift_of_a_flows_matrix_is_the_score_behind_the_flow():
+    """``m = J⁻¹``: ``mᵀs + ∇·m = J⁻ᵀ(s − ∇log|det J|)``, the score in y."""
+    x = draws(5)
+    flow = Bent()
+
+    def inverse_jacobian(z):
+        rows = [torch.autograd.grad(c.sum(), z, create_graph=True)[0] for c in flow(z).unbind(-1)]
+        return torch.linalg.inv(torch.stack(rows, -2))
+
+    at = through_matrix(inverse_jacobian, x, score(x))
+    torch.testing.assert_close(at.drift, through_flow(flow, x, score(x)).score, **exact)
+    wrong = through_matrix(lambda z: inverse_jacobian(z).mT, x, score(x)).drift
+    assert float((wrong - at.drift).abs().max()) > 0.1
+
+
+def test_a_rotation_is_a_matrix_and_a_flow():
+    """With ``y = cRx`` the kernel in y is one in x with another length scale: both routes to one number."""
+    x = draws(40)
+    rotation = 1.7 * torch.linalg.qr(torch.tensor([[1.0, 2, 0], [0.3, -1, 1], [0, 1, 1]], dtype=torch.float64))[0]
+    pushed = x @ rotation.T
+    s = score(x)
+    behind = stein_statistics(pushed, torch.linalg.solve(rotation.T, s.T).T, IMQ(1.3))
+    inverse = torch.linalg.inv(rotation)
+    at = through_matrix(lambda z: inverse.expand(len(z), 3, 3), x, s)
+    found = stein_statistics(x, at.drift, IMQ(1.3 / 1.7), matrix=at.matrix)
+    torch.testing.assert_close(found.u, behind.u, **exact)
+    torch.testing.assert_close(found.v, behind.v, **exact)
+
+
+def test_the_diffusion_stein_kernel_has_mean_zero_under_the_density():
+    """By quadrature in one argument, for any other."""
+    u = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    w = torch.softmax(-0.5 * u.square(), 0)
+    x, other = u[:, None], torch.tensor([[0.3], [-1.7]], dtype=torch.float64)
+
+    def matrix(z):
+        return (1 + 0.5 * torch.sin(z))[..., None]
+
+    at, there = through_matrix(matrix, x, -x), through_matrix(matrix, other, -other)
+    for kernel in KERNELS:
+        h = diffusion_stein_kernel(x, at.drift, at.matrix, other, there.drift, there.matrix, kernel)
+        torch.testing.assert_close(w @ h, torch.zeros(2, dtype=torch.float64), rtol=0.0, atol=1e-10)
+        wrong = diffusion_stein_kernel(x, -x * at.matrix[:, 0], at.matrix, other, there.drift, there.matrix, kernel)
+        assert float((w @ wrong).abs().max()) > 1e-2
+
+
+def test_a_diffusion_matrix_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"matrix of shape \(4, 3, 3\), found \(3, 3\)"):
+        through_matrix(lambda z: torch.eye(3), draws(4), draws(4))
+
+
+# --------------------------------------------------------------------------------------------------- weights
 
 
 def test_weighted_statistics():

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diagnostics: export to ArviZ, and plots. ArviZ and matplotlib are imported when first needed."""
+"""Diagnostics: export to ArviZ, goodness of fit, and plots. ArviZ and matplotlib are imported when first needed."""
 
 from pyro_sm.diagnostics.export import KHAT_THRESHOLD, Provenance, draws_to_arviz, to_arviz
+from pyro_sm.diagnostics.goodness_of_fit import GoodnessOfFit, stein_goodness_of_fit
 from pyro_sm.diagnostics.guide_draws import WeightedGuide, draw_from_guide
 from pyro_sm.diagnostics.plots import plot_khat, plot_raw_vs_weighted, plot_training
 from pyro_sm.diagnostics.summary import summary_table
 
 __all__ = [
     "KHAT_THRESHOLD",
+    "GoodnessOfFit",
     "Provenance",
     "WeightedGuide",
     "draw_from_guide",
@@ -15,6 +17,7 @@ __all__ = [
     "plot_khat",
     "plot_raw_vs_weighted",
     "plot_training",
+    "stein_goodness_of_fit",
     "summary_table",
     "to_arviz",
 ]

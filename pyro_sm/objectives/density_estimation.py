@@ -35,15 +35,13 @@ from torch.distributions.transforms import Transform
 from pyro_sm.base import ModelRefusedError
 from pyro_sm.divergence import Divergence, Exact
 from pyro_sm.model_energy import ModelEnergy
+from pyro_sm.objectives.diffusion_matrices import Matrix, constant_matrix, flow_matrix
 from pyro_sm.objectives.gradients import backward
 from pyro_sm.objectives.score_estimation import (
-    Matrix,
-    constant_matrix,
     denoising_centred,
     denoising_constant,
     denoising_controlled,
     diffusion_implicit,
-    flow_matrix,
     implicit,
     live_score,
     score_and_forms,
@@ -275,9 +273,10 @@ class DiffusionScoreMatching(EnergyObjective):
     :class:`ImplicitScoreMatching`.)
 
     Args:
-        matrix: ``m``: a matrix (D, D), a function (B, D) -> (B, D, D) acting on each row by itself (``metric_matrix``
-            makes one from a Riemannian metric), or a transform that takes the *data* to y (for a normalising flow
-            from base to data, its ``.inv``). It is not trained by this loss.
+        matrix: ``m``: a matrix (D, D), a function (B, D) -> (B, D, D) acting on each row by itself, a
+            ``RiemannianMetric``, or a transform that takes the *data* to y: a ``ContinuousFlow``, a flow from
+            ``fit_flow``, or, for a normalising flow from base to data, its ``.inv``. It is not trained by this loss,
+            whose infimum over flows is a degenerate one.
         divergence: as in :class:`ImplicitScoreMatching`.
         num_particles: as in :class:`ImplicitScoreMatching`.
 

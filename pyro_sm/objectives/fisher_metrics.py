@@ -3,6 +3,7 @@ r"""Metrics of a score divergence: ``E_q ‖m(z)ᵀ (s_q − s_p)‖²`` for a d
 
 * :class:`Identity`: ``m = I``, the plain Fisher divergence.
 * :class:`MatrixMetric`: any ``m(z)``. Only ``m mᵀ`` matters; it is the inverse of a Riemannian metric ``G``.
+* ``RiemannianMetric`` (``diffusion_matrices.py``): by G itself.
 * :class:`FlowMetric`: ``m = J_T⁻¹`` for a flow ``y = T(z)``: the Fisher divergence in y-space, where
   ``∇_y log p = J_T⁻ᵀ ∇_z log p`` and the log-determinants of p and q cancel.
 * :class:`BaseSpace`: ``m = J_F`` for the guide's own ``z = F(u)``: the flow is the guide's, read backwards.
@@ -72,8 +73,9 @@ class FlowMetric:
     """The Fisher divergence in the space of ``y = T(z)``: ``m = J_T⁻¹``, so ``mᵀ Δ = J_T⁻ᵀ Δ``.
 
     Args:
-        transform: any Pyro or torch transform of real vectors. Its inverse is not needed; its parameters are not
-            trained (the divergence of a metric that is trained too has its infimum at a degenerate metric).
+        transform: any Pyro or torch transform of real vectors, such as a ``ContinuousFlow``. Its inverse is not
+            needed; its parameters are not trained (the divergence of a metric that is trained too has its infimum at
+            a degenerate metric).
 
     Raises:
         ValueError: on use, if the transform changes the shape.

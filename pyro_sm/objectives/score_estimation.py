@@ -14,7 +14,8 @@ with ``I(p) = E‖∇log p‖²`` and ``J^σ`` the loss on the noised data ``y``
 the source, so that ``m = I`` gives the implicit one.) *One scale*: what is comparable between all of them is
 ``J_ESM = J_ISM + ½ I``, :func:`with_information`; it is zero at the truth.
 
-A flow ``y = T(x)`` with Jacobian ``J`` is the diffusion matrix ``m = J⁻¹``: ``J_m`` in x is ``J_ESM`` in y.
+A flow ``y = T(x)`` with Jacobian ``J`` is the diffusion matrix ``m = J⁻¹``: ``J_m`` in x is ``J_ESM`` in y
+(``diffusion_matrices.py``).
 
 Sources: "Estimation of Non-Normalized Statistical Models by Score Matching"
 https://jmlr.org/papers/v6/hyvarinen05a.html ; "A Connection Between Score Matching and Denoising Autoencoders"
@@ -25,20 +26,17 @@ https://arxiv.org/abs/2107.10072 ; "Minimum Stein Discrepancy Estimators" https:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
-from pyro_sm.divergence import jacobian, quadratic_forms
+from pyro_sm.divergence import quadratic_forms
+from pyro_sm.objectives.diffusion_matrices import Matrix
 
 LogProb = Callable[[Tensor], Tensor]
-Matrix = Callable[[Tensor], Tensor]
-"""``x`` (B, D) to ``m(x)`` (B, D, D), each row on its own, differentiable."""
 
 
 # ------------------------------------------------------------------------------------------------ derivatives
@@ -242,83 +240,3 @@ def estimated_information(
         return noised_data_score(data, y, sigma).square().sum(-1).mean()
     score = noised_data_score(data, y, sigma, leave_out=index)
     return -2 * denoising_centred(score, noise, sigma).mean()
-
-
-# -------------------------------------------------------------------------------- diffusion matrices and flows
-
-
-def constant_matrix(m: Tensor) -> Matrix:
-    """The same ``m`` (D, D) everywhere."""
-    return lambda x: m.to(x).expand(x.shape[0], -1, -1)
-
-
-def flow_matrix(flow: Transform) -> Matrix:
-    """``m = J⁻¹`` of ``y = T(x)``, ``J = ∂T/∂x``: losses measured in y-space.
-
-    ``flow`` takes the *data* to y and acts on each row by itself. For a normalising flow from base to data pass its
-    ``.inv``. Needs gradients through the flow, and for implicit losses second ones.
-    """
-
-    def matrix(x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = x if x.requires_grad else x.detach().requires_grad_(True)
-            return torch.linalg.inv(jacobian(flow(leaf), leaf))
-
-    return matrix
-
-
-def metric_matrix(metric: Matrix) -> Matrix:
-    """``m`` with ``m mᵀ = G⁻¹`` for a Riemannian metric ``G(x)`` (B, D, D); ``J_m = ½ E[Δᵀ G⁻¹ Δ] + const``."""
-
-    def matrix(x: Tensor) -> Tensor:
-        factor = torch.linalg.cholesky(metric(x))
-        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        return torch.linalg.solve_triangular(factor.mT, eye.expand_as(factor), upper=True)
-
-    return matrix
-
-
-class AlongFlow(NamedTuple):
-    """Points (B, D) and score differences (B, D) after a flow, and ``∫ −2 δᵀAδ dt`` (B,) on the way.
-
-    ``‖δ_T‖² = ‖δ_0‖² + change``, up to the error of the solver.
-    """
-
-    x: Tensor
-    delta: Tensor
-    change: Tensor
-
-
-def along_flow(field: Callable[[Tensor, float], Tensor], x: Tensor, delta: Tensor, times: Tensor) -> AlongFlow:
-    """Carry points and score differences along ``ẋ = g(x, t)``: ``δ' = −Aᵀδ`` with ``A = ∂g/∂x``.
-
-    Hence ``d/dt FD = −2 E[δᵀAδ]``: the continuous form of ``m = J⁻¹``. Runge–Kutta of fourth order.
-
-    Args:
-        field: ``g``: (B, D) and a time to (B, D).
-        x: points (B, D), draws of q.
-        delta: ``s_q − s_p`` at the points, (B, D).
-        times: (K+1,) the grid.
-    """
-
-    def rate(state: AlongFlow, t: float) -> AlongFlow:
-        with torch.enable_grad():
-            leaf = state.x.detach().requires_grad_(True)
-            velocity = field(leaf, t)
-            (pulled,) = torch.autograd.grad((velocity * state.delta.detach()).sum(), leaf)
-        return AlongFlow(velocity.detach(), -pulled, -2 * (pulled * state.delta).sum(-1))
-
-    def moved(state: AlongFlow, slope: AlongFlow, step: float) -> AlongFlow:
-        return AlongFlow(*(value + step * change for value, change in zip(state, slope, strict=True)))
-
-    state = AlongFlow(x.detach(), delta.detach(), x.new_zeros(x.shape[0]))
-    grid = [float(t) for t in times]
-    for start, stop in itertools.pairwise(grid):
-        step = stop - start
-        k1 = rate(state, start)
-        k2 = rate(moved(state, k1, step / 2), start + step / 2)
-        k3 = rate(moved(state, k2, step / 2), start + step / 2)
-        k4 = rate(moved(state, k3, step), stop)
-        slope = AlongFlow(*((a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(k1, k2, k3, k4, strict=True)))
-        state = moved(state, slope, step)
-    return state

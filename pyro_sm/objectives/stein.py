@@ -4,7 +4,8 @@ r"""Kernel Stein discrepancy as a Pyro objective, for guides with reparametrised
 ``KSD²(q‖p) = E h(z, z')`` over independent draws of the guide (``pyro_sm/stein.py`` has the Stein kernel ``h``),
 estimated by the U-statistic (unbiased) or the V-statistic of N draws. Only path gradients of the guide are needed,
 not its density: they run through the draws and, by second derivatives of ``log p̃``, through their scores. ``log Z``
-drops out. With a flow ``y = T(z)`` it is the diffusion Stein discrepancy, ``m = (∂T/∂z)⁻¹``: KSD measured in y.
+drops out. With a diffusion matrix ``m(z)`` it is the diffusion Stein discrepancy, of the operator ``p⁻¹∇·(p m f)``;
+with a flow ``y = T(z)`` that of ``m = (∂T/∂z)⁻¹`` with the kernel in y: KSD measured in y.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
 from pyro_sm.model import ModelDensity
+from pyro_sm.objectives.diffusion_matrices import Matrix, constant_matrix
 from pyro_sm.objectives.fisher import PathObjective
 from pyro_sm.objectives.guide_paths import Path
-from pyro_sm.stein import IMQ, RadialKernel, stein_statistics, through_flow
+from pyro_sm.stein import IMQ, RadialKernel, stein_statistics, through_flow, through_matrix
+
+Flow = Callable[[Tensor], Tensor]
+"""A transform of latents (N, D) to (N, D), each row on its own."""
 
 
 def stein_discrepancy(
@@ -29,20 +33,24 @@ def stein_discrepancy(
     *,
     unbiased: bool = True,
     weight: Tensor | None = None,
-    flow: Transform | None = None,
+    flow: Flow | None = None,
+    matrix: Matrix | None = None,
 ) -> Tensor:
     """``KSD²`` of draws ``z`` (N, D) that carry a path gradient, a scalar; ``log_prob``: (N, D) -> (N,), nats.
 
     Differentiable in whatever made ``z``. The length scale, if left open, is that of the draws, without gradient.
     ``weight``: (N,), summing to one; by default ``1/N``. ``flow``: from z to where the distance is measured.
+    ``matrix``: the diffusion matrix ``m``, (N, D) to (N, D, D). At most one of the two.
     """
     with torch.enable_grad():
         leaf = z if z.requires_grad else z.detach().requires_grad_(True)
         (score,) = torch.autograd.grad(log_prob(leaf).sum(), leaf, create_graph=True)
-        points = leaf
+        points, matrices = leaf, None
+        if matrix is not None:
+            score, matrices = through_matrix(matrix, leaf, score, create_graph=True)
         if flow is not None:
             points, score = through_flow(flow, leaf, score, create_graph=True)
-        found = stein_statistics(points, score, kernel, weight=weight, chunk_size=len(leaf))
+        found = stein_statistics(points, score, kernel, weight=weight, matrix=matrices, chunk_size=len(leaf))
     return found.u if unbiased else found.v
 
 
@@ -59,13 +67,17 @@ class SteinDiscrepancy(PathObjective):
         unbiased: the U-statistic (default; may be negative) or the V-statistic. Of a guide with stratified draws both
             are slightly biased.
         flow: a transform of the unconstrained latents, (N, D) to (N, D), twice differentiable: the diffusion Stein
-            discrepancy with the inverse of its Jacobian. It is not trained.
+            discrepancy with the inverse of its Jacobian; ``ContinuousFlow`` for one along an ODE. It is not trained.
+        matrix: instead of a flow, the diffusion matrix ``m``: a matrix (D, D), a function from latents (N, D) to
+            (N, D, D), each row on its own and twice differentiable, or a ``RiemannianMetric``. The kernel stays that
+            of the latents. It is not trained.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Raises:
         TypeError: a site of the guide is not reparametrised (at the first call).
-        ValueError: fewer than two particles; at the first call, if a plate is subsampled, guide and model have
-            different latents, or the model cannot be differentiated twice.
+        ValueError: fewer than two particles, both a flow and a matrix, or a matrix of the wrong shape; at the first
+            call, if a plate is subsampled, guide and model have different latents, or the model cannot be
+            differentiated twice.
         ModelRefusedError: the model cannot be evaluated in batches (at the first call).
 
     Sources: "A Kernelized Stein Discrepancy for Goodness-of-fit Tests" https://arxiv.org/abs/1602.03253 ;
@@ -79,7 +91,8 @@ class SteinDiscrepancy(PathObjective):
         num_particles: int = 64,
         *,
         unbiased: bool = True,
-        flow: Transform | None = None,
+        flow: Flow | None = None,
+        matrix: Tensor | Matrix | None = None,
         max_plate_nesting: float = float("inf"),
     ) -> None:
         if num_particles < 2:
@@ -87,11 +100,22 @@ class SteinDiscrepancy(PathObjective):
         super().__init__(num_particles, max_plate_nesting)
         self.kernel = kernel or IMQ()
         self.unbiased = unbiased
+        if flow is not None and matrix is not None:
+            raise ValueError("expected a flow or a diffusion matrix, found both")
+        if isinstance(matrix, Tensor) and (matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]):
+            raise ValueError(f"expected a matrix (D, D), found {tuple(matrix.shape)}")
         self.flow = flow
+        self.matrix = constant_matrix(matrix) if isinstance(matrix, Tensor) else matrix
 
     def _loss(self, path: Path, density: ModelDensity, guide: Any, *, commit: bool, create_graph: bool) -> Tensor:
         noise = torch.randn(self.num_particles, path.noise_dim, dtype=density.dtype, device=density.device)
         draws = path.draw(noise)
         return stein_discrepancy(
-            density.log_prob, draws.z, self.kernel, unbiased=self.unbiased, weight=draws.weight, flow=self.flow
+            density.log_prob,
+            draws.z,
+            self.kernel,
+            unbiased=self.unbiased,
+            weight=draws.weight,
+            flow=self.flow,
+            matrix=self.matrix,
         )
