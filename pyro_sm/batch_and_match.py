@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density
+from pyro_sm.laplace import laplace
 
 _PATCH_STEPS = 20
 _UNSETTLED = 10.0  # times D; see batch_and_match
@@ -263,6 +264,26 @@ def _scored(density: Density, gaussian: Gaussian | LowRankGaussian, batch_size: 
 def _better_half(batch: _Scored) -> _Scored:
     keep = batch.log_ratio >= batch.log_ratio.median()
     return _Scored(*(value[keep] for value in batch)) if int(keep.sum()) >= 2 else batch
+
+
+def start_at_mode(density: Density, start: Gaussian, *, batch_size: int = 32) -> Gaussian:
+    """Laplace's approximation from the mean of ``start``, if it is the better of the two; else ``start``.
+
+    Better: all of ``batch_size`` draws have a finite density, and the ELBO they estimate is higher. From starts far
+    off, where single updates overshoot, this is the difference between arriving and not; where the density has no
+    mode (a hierarchical model with centred effects) it costs a few hundred scores and changes nothing.
+    """
+    try:
+        found = laplace(density, start.loc)
+        torch.linalg.cholesky(found.covariance)
+    except (ValueError, torch.linalg.LinAlgError):
+        return start
+    candidate = Gaussian(found.loc.double(), found.covariance)
+    scored = _scored(density, candidate, batch_size)
+    own = _scored(density, Gaussian(start.loc.double(), start.covariance.double()), batch_size)
+    if len(scored.z) < batch_size or (len(own.z) and float(scored.log_ratio.mean()) < float(own.log_ratio.mean())):
+        return start
+    return candidate
 
 
 def batch_and_match(

@@ -18,6 +18,7 @@ from pyro_sm.batch_and_match import (
     batch_and_match_update,
     low_rank_update,
     patch,
+    start_at_mode,
 )
 from pyro_sm.density import FunctionDensity, GaussianDensity
 
@@ -369,3 +370,31 @@ def test_five_hundred_latents_without_a_matrix_of_their_size():
     assert float(((found.gaussian.loc - wanted.loc) / scale).abs().max()) < 0.1
     assert float(gap.max()) < 0.1
     assert float(found.fisher[-1]) < 0.02 * dim
+
+
+# ----------------------------------------------------------------------------------------------- where to start
+
+
+def ill_conditioned(z):
+    """A Gaussian far away, with standard deviations from .01 to 100: a raw regression."""
+    scale = torch.tensor([0.01, 1.0, 100.0], dtype=z.dtype)
+    return -0.5 * ((z - torch.tensor([3.0, -40.0, 500.0], dtype=z.dtype)) / scale).square().sum(-1)
+
+
+def test_the_start_moves_to_the_mode_where_that_is_better():
+    density = FunctionDensity(ill_conditioned, 3, dtype=torch.float64)
+    start = Gaussian(torch.zeros(3).double(), 0.01 * torch.eye(3).double())
+    found = start_at_mode(density, start)
+    assert torch.allclose(found.loc, torch.tensor([3.0, -40.0, 500.0]).double(), rtol=1e-2)
+    assert density.evaluations.gradient < 600
+
+
+def test_the_start_stays_where_there_is_no_mode():
+    """A centred hierarchy: the density grows without bound down the neck of the funnel."""
+
+    def neck(z):
+        return -8 * z[:, 0] - 0.5 * (z[:, 1:] * torch.exp(-z[:, :1])).square().sum(1) - 0.001 * z[:, 0].square()
+
+    density = FunctionDensity(neck, 9, dtype=torch.float64)
+    start = Gaussian(torch.zeros(9).double(), torch.eye(9).double())
+    assert start_at_mode(density, start) is start

@@ -161,14 +161,51 @@ def test_gaussian_bridge_has_the_moments_of_the_data():
     assert gaussian_bridge(x[:, :1]).dim == 1
 
 
-def test_the_mixed_batch_is_data_or_bridge():
-    x = correlated(20_000)
-    far = GaussianDensity(torch.full((2,), 100.0), torch.eye(2))
-    batch = BridgeDensityEstimation(far, 0.3).mixed(x)
-    kept = (batch == x).all(1)
-    assert abs(float(kept.float().mean()) - 0.3) < 5 * (0.21 / 20_000) ** 0.5
-    assert bool((batch[~kept] > 80).all())
-    assert batch.shape == x.shape
+@pytest.mark.parametrize(
+    ("inner", "data_loss"),
+    [
+        (ImplicitScoreMatching(), lambda s, h: 0.5 * s.square().sum(1) + h.diagonal().sum()),
+        (
+            DiffusionScoreMatching(torch.tensor([[2.0, 0.0], [1.0, 1.0]])),
+            lambda s, h: (
+                0.5 * (s @ torch.tensor([[2.0, 0.0], [1.0, 1.0]])).square().sum(1)
+                + torch.trace(torch.tensor([[4.0, 2.0], [2.0, 2.0]]) @ h)
+            ),
+        ),
+    ],
+    ids=["implicit", "diffusion"],
+)
+def test_bridge_rows_have_the_mean_of_the_inner_loss(inner, data_loss):
+    """``−s·∇log m`` stands for the trace: equal means, and the wrong sign is far off."""
+    torch.manual_seed(0)
+    bridge = GaussianDensity(torch.tensor([0.5, -1.0]), torch.tensor([[2.0, 0.0], [0.5, 1.5]]))
+    precision = torch.tensor([[1.0, 0.3], [0.3, 0.5]])
+
+    def log_prob(x):
+        return -0.5 * (x * (x @ precision)).sum(1)
+
+    x = bridge.sample(200_000)
+    _, known = bridge.log_prob_and_score(x)
+    found = inner.known_losses(log_prob, x, known).detach()
+    expected = data_loss(-x @ precision, -precision)
+    error = float(((found - expected).std() / len(x) ** 0.5))
+    assert abs(float(found.mean() - expected.mean())) < 4 * error
+    wrong = inner.known_losses(log_prob, x, -known).detach()
+    assert abs(float(wrong.mean() - expected.mean())) > 40 * error
+
+
+def test_the_loss_is_the_mixture_of_both():
+    """β of the data's loss and 1−β of the bridge's; the wrong variant forgets the shares."""
+    torch.manual_seed(0)
+    x = correlated(50_000)
+    bridge = gaussian_bridge(x, 2.0)
+    values = {}
+    for beta in (0.2, 0.8):
+        values[beta] = BridgeDensityEstimation(bridge, beta).loss(gaussian, no_guide, x)
+    own = ImplicitScoreMatching().loss(gaussian, no_guide, x)
+    slope = (values[0.8] - values[0.2]) / 0.6
+    assert values[0.8] + 0.2 * slope == pytest.approx(own, rel=0.03)
+    assert values[0.2] - 0.2 * slope != pytest.approx(own, rel=0.2)
 
 
 @pytest.mark.parametrize(

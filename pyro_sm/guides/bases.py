@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, PyroSMWarning
-from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match
+from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, start_at_mode
 from pyro_sm.density import given_gaussian
+from pyro_sm.laplace import laplace
 from pyro_sm.model import ModelDensity
 
 _FULL = 200  # latents up to which Batch-and-Match keeps a full covariance
@@ -103,14 +104,6 @@ def _finite_start(density: Density, draws: Tensor) -> Tensor:
     return draws[log_p.argmax()]
 
 
-def _hessian(density: Density, z: Tensor, step: float) -> Tensor:
-    """Hessian of ``log p̃`` at ``z`` (D,), (D, D), by central differences of 2D scores in one batch."""
-    offset = step * torch.eye(density.dim, dtype=density.dtype, device=density.device)
-    _, score = density.log_prob_and_score(torch.cat([z + offset, z - offset]))
-    hessian = (score[: density.dim] - score[density.dim :]).double() / (2 * step)
-    return (hessian + hessian.T) / 2
-
-
 @dataclass(frozen=True)
 class LaplaceBase:
     """Mode and curvature: ``N(z*, (−∇² log p̃(z*))⁻¹)``.
@@ -130,30 +123,11 @@ class LaplaceBase:
     max_scale: float = 10.0
     inflate: float = 1.0
 
-    def _mode(self, density: Density, start: Tensor) -> Tensor:
-        z = start.clone()
-        optimiser = torch.optim.LBFGS(
-            [z], max_iter=self.max_iterations, line_search_fn="strong_wolfe", tolerance_change=1e-12
-        )
-
-        def closure() -> float:
-            log_p, score = density.log_prob_and_score(z.detach()[None])
-            z.grad = -score[0]
-            return -float(log_p[0])
-
-        optimiser.step(closure)
-        return z.detach()
-
     def fit(self, density: ModelDensity) -> LocScale:
         """Find the mode and its curvature."""
         start = _finite_start(density, density.prior_draws(self.num_starts))
-        mode = self._mode(density, start)
-        if not bool(torch.isfinite(mode).all()):
-            raise ValueError("the search for the mode left the finite numbers: use PriorBase() or a GivenBase")
-        step = 1e-4 if density.dtype == torch.float64 else 1e-2
-        eigenvalue, eigenvector = torch.linalg.eigh(-_hessian(density, mode, step))
-        floor = self.max_scale**-2
-        flat = int((eigenvalue < floor).sum())
+        found = laplace(density, start, max_iterations=self.max_iterations, max_scale=self.max_scale)
+        flat = found.num_flat
         if flat:
             warnings.warn(
                 f"the density is flat or convex in {flat} of {density.dim} directions at its mode: LaplaceBase uses "
@@ -161,14 +135,13 @@ class LaplaceBase:
                 PyroSMWarning,
                 stacklevel=2,
             )
-        covariance = (eigenvector / eigenvalue.clamp(min=floor)) @ eigenvector.T
-        tril = torch.linalg.cholesky(covariance) * self.inflate
-        return LocScale(mode, tril.to(density.dtype))
+        tril = torch.linalg.cholesky(found.covariance) * self.inflate
+        return LocScale(found.loc, tril.to(density.dtype))
 
 
 @dataclass(frozen=True)
 class BatchAndMatchBase:
-    """The Gaussian that Batch-and-Match finds, started at the prior's robust moments.
+    """The Gaussian that Batch-and-Match finds, from the prior's robust moments or the mode next to them.
 
     With a ``rank``, or with more than 200 latents, its covariance is a diagonal plus a matrix of that rank
     (batch, match and patch), found at a cost linear in the number of latents.
@@ -203,7 +176,7 @@ class BatchAndMatchBase:
         rank = self.rank or (round(math.sqrt(density.dim)) if density.dim > _FULL else None)
         start: Gaussian | LowRankGaussian
         if rank is None:
-            start = Gaussian(prior.loc, torch.diag(variance))
+            start = start_at_mode(density, Gaussian(prior.loc, torch.diag(variance)), batch_size=self.batch_size)
         else:
             start = LowRankGaussian(prior.loc, variance, variance.new_zeros(density.dim, rank))
         fitted = batch_and_match(density, start, num_batches=self.num_batches, batch_size=self.batch_size)

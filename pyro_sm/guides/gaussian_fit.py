@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_sm.base import Evaluations
-from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match
+from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, start_at_mode
 from pyro_sm.model import ModelDensity
 
 
@@ -52,7 +52,8 @@ class BatchAndMatch:
         guide = AutoMultivariateNormal(model)
         result = BatchAndMatch().fit(guide, data)
 
-    starts from the guide's present location and scale and costs ``num_batches · batch_size`` scores. Like every
+    starts from the guide's present location and scale, or from the mode next to it, and costs ``num_batches ·
+    batch_size`` scores, and some hundred for the mode. Like every
     single Gaussian it settles on one of several separated modes.
 
     Args:
@@ -61,6 +62,7 @@ class BatchAndMatch:
         rank: of ``AutoMultivariateNormal`` only: look for a covariance that is a diagonal plus this rank, at a cost
             linear in the number of latents. It starts from the guide's variances. ``AutoLowRankMultivariateNormal``
             has its own rank.
+        search_mode: for full covariances: begin at Laplace's approximation where that is better than the guide.
 
     Raises:
         ValueError: ``num_batches`` or ``rank`` < 1, ``batch_size`` < 2.
@@ -69,6 +71,7 @@ class BatchAndMatch:
     num_batches: int = 150
     batch_size: int = 32
     rank: int | None = None
+    search_mode: bool = True
 
     def __post_init__(self) -> None:
         if self.num_batches < 1:
@@ -103,9 +106,10 @@ class BatchAndMatch:
                 guide(*args, **kwargs)
         density = ModelDensity(_model(guide), args, kwargs)
         _check_latents(guide, density)
-        fitted = batch_and_match(
-            density, _start(guide, self.rank), num_batches=self.num_batches, batch_size=self.batch_size
-        )
+        start = _start(guide, self.rank)
+        if self.search_mode and isinstance(start, Gaussian):
+            start = start_at_mode(density, start, batch_size=self.batch_size)
+        fitted = batch_and_match(density, start, num_batches=self.num_batches, batch_size=self.batch_size)
         if isinstance(fitted.gaussian, LowRankGaussian) and isinstance(guide, AutoLowRankMultivariateNormal):
             _set_low_rank(guide, fitted.gaussian)
         else:

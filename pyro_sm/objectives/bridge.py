@@ -3,8 +3,9 @@ r"""Density estimation that sees the weights of separated modes: the mixture Fis
 
 A *bridge* ``m`` covers the data. With ``0 < β < 1``
 
-1. an energy ``f`` is fitted, by any score-matching loss, to draws of ``βp + (1−β)m``: each row is data with
-   probability β, else a draw of m. The bridge connects the modes, so the loss sees their relative weight;
+1. an energy ``f`` is fitted, by any score-matching loss, to ``βp + (1−β)m``. The bridge connects the modes, so the
+   loss sees their relative weight. Data and draws of m are kept apart, with the weights β and 1−β: the score of m is
+   known, so its rows need no second derivatives, ``E_m[½‖s‖² + tr∇s] = E_m[½‖s‖² − s·∇log m]``;
 2. ``log Z = log ∫ e^f`` comes from importance sampling, draws of m with weights ``e^f/m``: they are of order one,
    and bounded below by ``1−β`` when f fits;
 3. the *corrected density* is ``q = [e^f/Z − (1−β)m]₊ / (β C)``; ``C`` is near one, and is what clipping at zero adds.
@@ -27,7 +28,7 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_sm.density import GaussianDensity
+from pyro_sm.density import GaussianDensity, value_and_score
 from pyro_sm.model_energy import ModelEnergy
 from pyro_sm.objectives.density_estimation import EnergyObjective, ImplicitScoreMatching, checked_data
 from pyro_sm.weights import evidence, log_mean_exp, pareto_smooth, resample
@@ -37,6 +38,7 @@ class Bridge(Protocol):
     """A normalised density that covers the data, with draws: ``GaussianDensity``, for example."""
 
     dim: int
+    dtype: torch.dtype
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log m`` (B,) in nats, normalised, for ``z`` (B, D)."""
@@ -149,22 +151,25 @@ class BridgeDensityEstimation(ELBO):
     r"""Fits an energy model to ``βp_data + (1−β)m`` and corrects it afterwards; see the head of this file.
 
     ``SVI(energy, no_guide, optim, loss=BridgeDensityEstimation(gaussian_bridge(data)))``; every ``svi.step(data)``
-    replaces each row by a draw of the bridge with probability 1−β and takes the inner loss of the result. Then
+    takes β times the inner loss of the data and 1−β times that of as many fresh draws of the bridge. Then
     ``loss.corrected(energy, data)`` is the density of the data. The energy must be able to express the *mixture*
     ``βp + (1−β)m``.
+
+    The relative weight of two modes is learned where their tails cross the bridge. A larger β moves that outwards,
+    where data are few; a smaller one leaves more to subtract.
 
     Args:
         bridge: m, normalised, with exact draws.
         beta: β in (0, 1): the share of data.
         loss: any of the losses on energy models; by default ``ImplicitScoreMatching()``. A denoising loss fits the
-            mixture blurred by its σ: keep that small.
+            data blurred by its σ, beside the bridge as it is.
 
     Raises:
         ValueError: β is not in (0, 1); data and bridge differ in dimension.
         ModelRefusedError: as the inner loss.
     """
 
-    def __init__(self, bridge: Bridge, beta: float = 0.5, loss: EnergyObjective | None = None) -> None:
+    def __init__(self, bridge: Bridge, beta: float = 0.8, loss: EnergyObjective | None = None) -> None:
         if not 0 < beta < 1:
             raise ValueError(f"expected beta in (0, 1), found {beta}")
         self.inner = loss or ImplicitScoreMatching()
@@ -172,18 +177,17 @@ class BridgeDensityEstimation(ELBO):
         self.bridge = bridge
         self.beta = beta
 
-    def mixed(self, data: Tensor) -> Tensor:
-        """A batch of the mixture, (N, D): each row of ``data`` (N, D) is kept with probability β."""
+    def _loss(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        data, rest = checked_data(args)
         if data.shape[1] != self.bridge.dim:
             raise ValueError(
                 f"expected data of shape (N, {self.bridge.dim}), as the bridge, found {tuple(data.shape)}"
             )
-        keep = torch.rand(len(data), 1, device=data.device) < self.beta
-        return torch.where(keep, data, self.bridge.sample(len(data)).to(data))
-
-    def _mixed_args(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        data, rest = checked_data(args)
-        return (self.mixed(data), *rest)
+        energy = self.inner.energy(model, rest, kwargs, data)
+        drawn = self.bridge.sample(len(data) * self.num_particles).to(data)
+        _, known = value_and_score(lambda x: self.bridge.log_prob(x.to(self.bridge.dtype)).to(data), drawn)
+        own = self.inner.row_losses(energy.log_prob, data.repeat(self.num_particles, 1)).mean()
+        return self.beta * own + (1 - self.beta) * self.inner.known_losses(energy.log_prob, drawn, known).mean()
 
     def corrected(
         self,
@@ -218,13 +222,15 @@ class BridgeDensityEstimation(ELBO):
         return self.inner._get_trace(model, guide, args, kwargs)
 
     def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The inner loss of one mixed batch, a float."""
-        return self.inner.loss(model, guide, *self._mixed_args(args), **kwargs)
+        """The loss of the data and as many draws of the bridge, a float."""
+        with torch.no_grad():
+            return float(self._loss(model, args, kwargs))
 
     def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The inner loss of one mixed batch, a scalar tensor."""
-        return self.inner.differentiable_loss(model, guide, *self._mixed_args(args), **kwargs)
+        """The loss of the data and as many draws of the bridge, a scalar tensor."""
+        loss = self._loss(model, args, kwargs)
+        return loss if torch.is_grad_enabled() else loss.detach()
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The inner loss of one mixed batch, its gradients added to the model's parameters."""
-        return self.inner.loss_and_grads(model, guide, *self._mixed_args(args), **kwargs)
+        """The loss of the data and as many draws of the bridge, its gradients added to the model's parameters."""
+        return self.inner.add_gradients(self.differentiable_loss(model, guide, *args, **kwargs), model)

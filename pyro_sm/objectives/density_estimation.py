@@ -109,6 +109,15 @@ class EnergyObjective(ELBO):
         """
         raise NotImplementedError
 
+    def known_losses(self, log_prob: Callable[[Tensor], Tensor], x: Tensor, known: Tensor) -> Tensor:
+        """Loss (B,) of rows ``x`` (B, D) drawn from a density whose score ``known`` (B, D) is known.
+
+        ``½‖s‖² − s·∇log m``: as ``E_m[tr ∇s] = −E_m[s·∇log m]``, its mean is ``J_ISM`` on such rows, with less
+        variance and without second derivatives.
+        """
+        score = live_score(log_prob, x.detach().requires_grad_(True))
+        return 0.5 * score.square().sum(-1) - (score * known).sum(-1)
+
     def constant(self, dim: int) -> float:
         """What this loss leaves out of the textbook form, ``D/(2σ²)`` for denoising, else 0."""
         return denoising_constant(dim, self.sigma) if self.sigma else 0.0
@@ -184,7 +193,10 @@ class EnergyObjective(ELBO):
             ModelRefusedError: Pyro saw no parameter in the model, so nothing would be trained.
             ValueError: the loss or a gradient is NaN.
         """
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        return self.add_gradients(self.differentiable_loss(model, guide, *args, **kwargs), model)
+
+    def add_gradients(self, loss: Tensor, model: Callable[..., Any]) -> float:
+        """Backward pass of a loss on the energy used last; see :meth:`loss_and_grads`."""
         local = pyro.settings.get("module_local_params")
         if not loss.requires_grad or not (local or (self._energy is not None and self._energy.params)):
             raise ModelRefusedError(
@@ -313,3 +325,10 @@ class DiffusionScoreMatching(EnergyObjective):
         probes = self.divergence.probes(x)
         weighted = weighted_score_and_forms(log_prob, self.matrix, x, probes, create_graph=torch.is_grad_enabled())
         return diffusion_implicit(weighted.score, self.divergence.combine(weighted.forms))
+
+    def known_losses(self, log_prob: Callable[[Tensor], Tensor], x: Tensor, known: Tensor) -> Tensor:
+        """``½‖mᵀs‖² − mᵀs·mᵀ∇log m``; see :class:`EnergyObjective`."""
+        leaf = x.detach().requires_grad_(True)
+        score, m = live_score(log_prob, leaf), self.matrix(leaf).mT
+        own, other = (torch.einsum("bij,bj->bi", m, v) for v in (score, known))
+        return 0.5 * own.square().sum(-1) - (own * other).sum(-1)

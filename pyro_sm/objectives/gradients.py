@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN in a loss or its gradient: refused with the likely cause, before an optimiser spreads it over all parameters."""
+"""NaN in a loss or its gradient: refused, with the likely cause, before an optimiser spreads it."""
 
 from __future__ import annotations
 
