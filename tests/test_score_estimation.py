@@ -352,3 +352,13 @@ def test_kinks_are_found_and_only_kinks(energy, jumps, dtype):
         x[1::2] -= 10
     assert se.score_jumps(energy, x.to(dtype)) is jumps
     assert not se.score_jumps(energy, x[:1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(6))
+def test_outliers_are_no_jumps(dtype, seed):
+    """Segments between Cauchy data are thousands of units long; a kink among them is still found."""
+    torch.manual_seed(seed)
+    x = torch.distributions.Cauchy(0.0, 1.0).sample((64, 1)).to(dtype)
+    assert not se.score_jumps(lambda at: -torch.log1p(at.square()).sum(-1), x)
+    assert se.score_jumps(lambda at: -torch.log1p(at.square()).sum(-1) - (at - 0.3).abs().sum(-1), x)

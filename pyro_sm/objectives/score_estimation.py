@@ -106,6 +106,9 @@ def score_jumps(log_prob: LogProb, x: Tensor, *, halvings: int = 16) -> bool:
 
     low, high = x[:-1].detach(), x[1:].detach()
     step = high - low
+    length = step.norm(dim=1)
+    # Between outliers of heavy-tailed data a segment is long, and a smooth score still bends after 16 halvings.
+    halvings += math.ceil(math.log2(max(1.0, float(length.max() / length.median().clamp(min=1e-30)))))
     score_low, slope_low = score_and_product(low, step)
     score_high, _ = score_and_product(high, step)
     scale = torch.maximum(score_low.abs(), score_high.abs()).max()
