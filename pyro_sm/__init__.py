@@ -5,28 +5,44 @@ __version__ = "0.1.0.dev0"
 
 from pyro_sm.base import CheckpointError, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.corrections import ImportanceResampling, Raw
-from pyro_sm.diagnostics import to_arviz
-from pyro_sm.guides import AutoDiffusion, BatchAndMatchBase, GivenBase, LaplaceBase, PriorBase
+from pyro_sm.diagnostics import stein_goodness_of_fit, to_arviz
+from pyro_sm.guides import AutoDiffusion, BatchAndMatch, BatchAndMatchBase, GivenBase, LaplaceBase, PriorBase
 from pyro_sm.model import ModelDensity
 from pyro_sm.objectives import (
+    BridgeDensityEstimation,
+    DenoisingScoreMatching,
+    DiffusionScoreMatching,
+    DrawsScoreMatching,
+    FisherDivergence,
+    ImplicitScoreMatching,
     ImportanceWeightedScoreMatching,
     MarginalWeights,
+    MixtureFisherDivergence,
     PathWeights,
+    SteinDiscrepancy,
 )
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.sampling.defensive import PriorComponent, WideComponent
 
 __all__ = [
     "AutoDiffusion",
+    "BatchAndMatch",
     "BatchAndMatchBase",
+    "BridgeDensityEstimation",
     "CheckpointError",
+    "DenoisingScoreMatching",
     "DiffusionSampler",
+    "DiffusionScoreMatching",
     "Draws",
+    "DrawsScoreMatching",
+    "FisherDivergence",
     "GivenBase",
+    "ImplicitScoreMatching",
     "ImportanceResampling",
     "ImportanceWeightedScoreMatching",
     "LaplaceBase",
     "MarginalWeights",
+    "MixtureFisherDivergence",
     "ModelDensity",
     "ModelRefusedError",
     "PathWeights",
@@ -34,7 +50,9 @@ __all__ = [
     "PriorComponent",
     "PyroSMWarning",
     "Raw",
+    "SteinDiscrepancy",
     "StoppingRule",
     "WideComponent",
+    "stein_goodness_of_fit",
     "to_arviz",
 ]

@@ -188,7 +188,7 @@ def test_bridge_rows_have_the_mean_of_the_inner_loss(inner, data_loss):
     _, known = bridge.log_prob_and_score(x)
     found = inner.known_losses(log_prob, x, known).detach()
     expected = data_loss(-x @ precision, -precision)
-    error = float(((found - expected).std() / len(x) ** 0.5))
+    error = float((found - expected).std() / len(x) ** 0.5)
     assert abs(float(found.mean() - expected.mean())) < 4 * error
     wrong = inner.known_losses(log_prob, x, -known).detach()
     assert abs(float(wrong.mean() - expected.mean())) > 40 * error

@@ -15,7 +15,6 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 
 from pyro_sm import AutoDiffusion
-from pyro_sm.base import ModelRefusedError
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.objectives import DrawsScoreMatching
 from pyro_sm.weights import effective_sample_size, evidence
@@ -141,7 +140,8 @@ def test_every_network_weight_gets_a_gradient():
     loss = DrawsScoreMatching(exact(100))
     loss.loss_and_grads(model, guide)
     weights = next(p for name, p in guide.named_parameters() if "network_weights" in name)
-    assert weights.grad is not None and bool(torch.isfinite(weights.grad).all())
+    assert weights.grad is not None
+    assert bool(torch.isfinite(weights.grad).all())
     loss.loss_and_grads(model, guide)
     trace, replayed = loss._get_trace(model, guide, (), {})
     assert {"x", "scale"} <= set(trace.nodes) & set(replayed.nodes)
@@ -186,16 +186,3 @@ def test_draws_that_do_not_fit_the_model(draws, message):
 def test_other_guides_are_named():
     with pytest.raises(TypeError, match="DrawsScoreMatching cannot train AutoNormal"):
         SVI(model, AutoNormal(model), Adam({"lr": 1e-3}), DrawsScoreMatching(exact(10))).step()
-
-
-def test_refused_models_are_refused():
-    def random_structure():
-        if torch.rand(()) < 0.5:
-            pyro.sample("x", dist.Normal(0.0, 1.0))
-        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-
-    pyro.set_rng_seed(0)
-    with pytest.raises((ModelRefusedError, ValueError)):
-        guide = AutoDiffusion(random_structure)
-        for _ in range(8):
-            SVI(random_structure, guide, Adam({"lr": 1e-3}), DrawsScoreMatching(exact(10))).step()
