@@ -63,7 +63,7 @@ def test_the_posterior_is_found_and_counted(float64, make):
     guide(DATA)
     with pytest.raises(AssertionError):
         assert_fitted(guide)  # the test can tell
-    result = BatchAndMatch(num_batches=60).fit(guide, DATA)
+    result = BatchAndMatch(num_batches=60, search_mode=False).fit(guide, DATA)
     assert_fitted(guide)
     assert result.evaluations.gradient == 60 * 32
     assert result.skipped == 0
@@ -127,12 +127,19 @@ def test_it_starts_from_the_guide(float64):
     guide = AutoMultivariateNormal(linear, init_scale=0.37)
     guide(DATA)
     state = torch.get_rng_state()
-    result = BatchAndMatch(num_batches=1, batch_size=8).fit(guide, DATA)
+    result = BatchAndMatch(num_batches=1, batch_size=8, search_mode=False).fit(guide, DATA)
     torch.set_rng_state(state)
     wide = AutoMultivariateNormal(linear, init_scale=1.0)
     wide(DATA)
-    other = BatchAndMatch(num_batches=1, batch_size=8).fit(wide, DATA)
+    other = BatchAndMatch(num_batches=1, batch_size=8, search_mode=False).fit(wide, DATA)
     assert float(result.fisher[0]) != pytest.approx(float(other.fisher[0]), rel=1e-2)
+
+
+def test_the_search_for_the_mode_is_counted(float64):
+    guide = AutoMultivariateNormal(linear)
+    result = BatchAndMatch(num_batches=5).fit(guide, DATA)
+    assert 5 * 32 < result.evaluations.gradient < 5 * 32 + 400
+    assert float(result.fisher[0]) < 1e-3  # Laplace's approximation of a Gaussian is exact
 
 
 def test_a_low_rank_search_in_a_full_guide(float64):
