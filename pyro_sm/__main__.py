@@ -17,7 +17,7 @@ import torch
 
 import pyro_sm
 from pyro_sm.base import CheckpointError
-from pyro_sm.bench import batching, gaussian_guides, known_answers
+from pyro_sm.bench import batching, gaussian_guides, known_answers, references, report, targets
 from pyro_sm.checkpoint import read_checkpoint
 from pyro_sm.demo import eight_schools_demo, galaxy_demo
 from pyro_sm.guides import BatchAndMatchBase, LaplaceBase, PriorBase
@@ -199,7 +199,14 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="the tables of the README")
     tables = bench.add_subparsers(dest="table", required=True)
-    modules = {"batching": batching, "known-answers": known_answers, "gaussian-guides": gaussian_guides}
+    modules = {
+        "batching": batching,
+        "known-answers": known_answers,
+        "gaussian-guides": gaussian_guides,
+        "targets": targets,
+        "report": report,
+        "references": references,
+    }
     for name, module in modules.items():
         table = tables.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         table.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -293,7 +293,7 @@ class ModelDensity:
     def log_prior(self, z: Tensor) -> Tensor:
         """Log density (B,) in nats of :meth:`prior_draws` at ``z`` (B, D): no data, no factors, no scales, no masks.
 
-        Not part of ``evaluations``: the likelihood, which costs, is not evaluated.
+        Not part of ``evaluations``: the likelihood, which costs, is not evaluated. Differentiable in ``z``.
 
         Raises:
             NotImplementedError: a prior is improper, or depends on a discrete latent.
@@ -313,9 +313,8 @@ class ModelDensity:
             return {"log_prior": torch.stack([term.reshape(size, -1).sum(-1) for term in terms]).sum(0)}
 
         z = self._checked(z)
-        with torch.no_grad():
-            value = self._collect_checked(read, z, {"log_prior": Size([])})["log_prior"].to(self.dtype)
-            log_det = self._structure.constrain(z)[1]
+        value = self._collect_checked(read, z, {"log_prior": Size([])})["log_prior"].to(self.dtype)
+        log_det = self._structure.constrain(z)[1]
         return _without_nan(value if log_det is None else value + log_det)
 
     def posterior_predictive(self, z: Tensor) -> dict[str, Tensor]:

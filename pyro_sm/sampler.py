@@ -35,13 +35,14 @@ from pyro_sm.model import ModelDensity
 from pyro_sm.model_cache import same_arguments, tensor_versions
 from pyro_sm.objectives.buffer import Buffer, Round
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching, TrainingState
+from pyro_sm.objectives.population import Particles
 from pyro_sm.stopping import Schedule, StoppingRule, deferred_interrupt
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 _NAMES = itertools.count()
 _CHECKPOINT_KEYS = (
     "settings", "sites", "seed", "guide", "optimiser", "rng", "rounds", "steps", "loss_sum", "seconds", "history",
-    "evaluations", "schedule",
+    "evaluations", "schedule", "population", "seeding",
 )  # fmt: skip
 
 
@@ -217,7 +218,7 @@ class DiffusionSampler:
             )
 
     def _reopen_if_budget_grew(self) -> None:
-        spent = self.history[-1].density_evaluations if self.history else 0
+        spent = self.history[-1].density_evaluations - self.objective.state.seeding if self.history else 0
         room = self.stopping.max_evaluations - spent >= self.objective.num_particles
         # As it stood when annealing began: annealing itself lifts the effective sample size again.
         ended_by_budget = not self.stopping.converged(self.history[: self.schedule.anneal_start])
@@ -225,8 +226,10 @@ class DiffusionSampler:
             self.schedule = Schedule()
 
     def _last_round(self) -> int:
-        """The round at which the budget is spent; what fitting the base has cost comes out of it."""
-        base = self.history[0].density_evaluations - self.objective.num_particles if self.history else 0
+        """The round at which the budget is spent; the base comes out of it, the seeding of a population on top."""
+        base = 0
+        if self.history:
+            base = self.history[0].density_evaluations - self.objective.num_particles - self.objective.state.seeding
         return max((self.stopping.max_evaluations - base) // self.objective.evaluations_per_round, 1)
 
     def _after_round(self) -> None:
@@ -287,6 +290,7 @@ class DiffusionSampler:
         ) as bar:  # fmt: skip
 
             def report(info: RoundInfo) -> None:
+                bar.total = self.stopping.max_evaluations + self.objective.state.seeding
                 bar.set_postfix_str(
                     f"round {info.round}, γ={info.gamma:.2f}, ESS={info.ess:.2f}, k̂={info.khat:.2f}, "
                     f"log Z={info.log_evidence:.2f}±{info.log_evidence_se:.2f}",
@@ -424,6 +428,7 @@ class DiffusionSampler:
             "effective_share": repr(objective.effective_share),
             "buffer_rounds": repr(objective.buffer_rounds),
             "batch_size": repr(objective.batch_size),
+            "population": repr(objective.population),
             "learning_rate": repr(self.learning_rate),
         }
 
@@ -455,6 +460,8 @@ class DiffusionSampler:
                 "steps": state.steps,
                 "loss_sum": state.loss_sum,
                 "seconds": state.seconds,
+                "population": None if state.population is None else list(state.population),
+                "seeding": state.seeding,
                 "history": [list(info) for info in state.history],
                 "evaluations": list(astuple(density.evaluations)),
                 "schedule": list(self.schedule),
@@ -496,7 +503,13 @@ class DiffusionSampler:
             self._optimiser.load_state_dict(content["optimiser"])
         history = tuple(RoundInfo(*info) for info in content["history"])
         self.objective.state = TrainingState(
-            Buffer(rounds), content["steps"], content["loss_sum"], history, content["seconds"]
+            Buffer(rounds),
+            content["steps"],
+            content["loss_sum"],
+            history,
+            content["seconds"],
+            None if content["population"] is None else Particles(*(x.to(**to) for x in content["population"])),
+            content["seeding"],
         )
         self.schedule = Schedule(*content["schedule"])
         counted = Evaluations(*content["evaluations"])

@@ -22,7 +22,8 @@ class StoppingRule:
     """When training ends.
 
     Args:
-        max_evaluations: budget of density evaluations for training; the learning rate reaches zero there.
+        max_evaluations: budget of density evaluations for training; the learning rate reaches zero there. What
+            seeding a population takes comes on top (and is counted in the history).
         patience: rounds over which the effective sample size must still rise.
         min_rise: relative rise of its mean over ``patience`` rounds that counts as one.
         anneal_rounds: fewest rounds over which the learning rate goes to zero.

@@ -1,6 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corrections: from draws of a guide to draws one can use as if they came from the target."""
+"""Corrections: from draws of a guide to draws one can use as if they came from the target.
 
+Beside them, samplers that need no guide and serve as its yardstick: tempered sequential Monte Carlo and parallel
+tempering.
+"""
+
+from pyro_sm.corrections.annealing_path import Bridge, Power, PriorStart
 from pyro_sm.corrections.importance import Correction, ImportanceResampling, Raw
+from pyro_sm.corrections.metropolis import IndependentMetropolis
+from pyro_sm.corrections.moves import HamiltonianMove
+from pyro_sm.corrections.parallel import ParallelTempering, TemperedChains
+from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 
-__all__ = ["Correction", "ImportanceResampling", "Raw"]
+__all__ = [
+    "Bridge",
+    "Correction",
+    "HamiltonianMove",
+    "ImportanceResampling",
+    "IndependentMetropolis",
+    "ParallelTempering",
+    "Power",
+    "PriorStart",
+    "Raw",
+    "TemperedChains",
+    "TemperedParticles",
+    "TemperedSMC",
+]

@@ -8,10 +8,17 @@ leave ``p_{β_t}`` as it is. The next β is the largest for which the weights ke
 ``Π_t mean(w)`` estimates ``Z`` without bias when the schedule is fixed (with the adaptive one, nearly). Only the
 density of the *target* is counted: one value and one gradient per particle and leapfrog step.
 
-What it cannot do: carry particles between modes once barriers have risen. The share of a mode is what resampling
-left of it, so rare modes are noisy, and lost for good if no particle is near when they separate.
+Its error comes from the genealogy. With ``W_e`` the share of the last weights that descends from the first particle
+``e``, ``var(Ẑ)/Z² ≈ (Σ_e W_e² − 1/N) N/(N−1)``. With one temperature this is the error of importance sampling. Few
+surviving lines mean an error that cannot be told; with one there is no estimate.
 
-Source: "Sequential Monte Carlo samplers" https://doi.org/10.1111/j.1467-9868.2006.00553.x .
+What it cannot do: carry particles between modes once barriers have risen. The share of a mode is what resampling
+left of it, so rare modes are noisy, and lost for good if no particle is near when they separate; no estimate of the
+error sees a mode that was lost.
+
+Sources: "Sequential Monte Carlo samplers" https://doi.org/10.1111/j.1467-9868.2006.00553.x ; "Variance estimation in
+the particle filter" https://arxiv.org/abs/1509.00394 ; "A general theory of particle filters in hidden Markov models
+and some applications" https://arxiv.org/abs/1312.5114 .
 """
 
 from __future__ import annotations
@@ -19,103 +26,58 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_sm.base import Density, HasPrior
-from pyro_sm.corrections.moves import Chains, HamiltonianMove
-from pyro_sm.density import value_and_score
-from pyro_sm.weights import damping, log_mean_exp, resample
-
-
-class Start(Protocol):
-    """A normalised density with exact draws, such as ``GaussianDensity``."""
-
-    def sample(self, num_draws: int) -> Tensor:
-        """Draws (num_draws, D)."""
-        ...
-
-    def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``log b`` (N,) in nats, and its score (N, D)."""
-        ...
-
-
-class PriorStart:
-    """The prior of a density that has one: then ``p_β`` is the prior times the likelihood to the power β.
-
-    Raises:
-        TypeError: the density has no prior that can be drawn from and evaluated.
-    """
-
-    def __init__(self, density: Density) -> None:
-        if not isinstance(density, HasPrior) or not density.has_prior:
-            raise TypeError("this density has no prior that can be drawn from and evaluated: start from a Gaussian")
-        self._prior: HasPrior = density
-
-    def sample(self, num_draws: int) -> Tensor:
-        """Prior draws."""
-        return self._prior.prior_draws(num_draws)
-
-    def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``log`` prior and its score."""
-        return value_and_score(self._prior.log_prior, z)
+from pyro_sm.base import Density
+from pyro_sm.corrections.annealing_path import Bridge, OnPath, Points, Start, width
+from pyro_sm.corrections.moves import HamiltonianMove
+from pyro_sm.weights import damping, effective_sample_size, log_mean_exp, resample
 
 
 class Temperature(NamedTuple):
-    """One step of a run: ``beta``, the share of ``particles`` that the weights left effective, ``acceptance`` of its
-    moves, the ``step_size`` they ended with, and the ``log_evidence`` so far, nats."""
+    """One step of a run: ``beta``; ``effective_share`` of the particles under the weights that led to it, in (0, 1];
+    mean ``acceptance`` of its moves and the ``step_size`` they ended with; ``log_evidence`` so far in nats, and the
+    number of first particles that have descendants, ``lines``."""
 
     beta: float
     effective_share: float
     acceptance: float
     step_size: float
     log_evidence: float
+    lines: int
 
 
 class TemperedParticles(NamedTuple):
     """What a run leaves: equally weighted ``z`` (N, D) with ``log_p`` (N,) and ``score`` (N, D) of the target.
 
-    ``log_evidence``: estimate of ``log Z``, nats. ``history``: one entry per temperature.
+    ``log_evidence``: estimate of ``log Z``; ``log_evidence_se``: its standard error, ``inf`` if all particles descend
+    from one; both in nats. ``history``: one entry per temperature.
     """
 
     z: Tensor
     log_p: Tensor
     score: Tensor
     log_evidence: float
+    log_evidence_se: float
     history: tuple[Temperature, ...]
 
 
-class _State(NamedTuple):
-    """Particles with both densities, so that a new β needs no new evaluation."""
+def genealogical_error(log_w: Tensor, ancestor: Tensor) -> float:
+    """``√((Σ_e W_e² − 1/N) N/(N−1))``, the relative standard error of ``Ẑ``; ``inf`` if one line is left.
 
-    z: Tensor
-    log_b: Tensor
-    score_b: Tensor
-    log_p: Tensor
-    score_p: Tensor
-
-    def at(self, index: Tensor) -> _State:
-        return _State(*(x[index] for x in self))
-
-
-class _Tempered:
-    """``(1−β) log b + β log p̃`` of whatever was evaluated last, with its parts kept."""
-
-    def __init__(self, start: Start, density: Density, beta: float) -> None:
-        self.start, self.density, self.beta = start, density, beta
-        self.last: _State | None = None
-
-    def mix(self, state: _State) -> Chains:
-        value = (1 - self.beta) * state.log_b + self.beta * state.log_p
-        score = (1 - self.beta) * state.score_b + self.beta * state.score_p
-        return Chains(state.z, torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf), score)
-
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        self.last = _State(z, *self.start.log_prob_and_score(z), *self.density.log_prob_and_score(z))
-        chains = self.mix(self.last)
-        return chains.log_p, chains.score
+    Args:
+        log_w: the last weights (N,), nats.
+        ancestor: (N,) the first particle, 0 … N−1, that each descends from.
+    """
+    n = log_w.shape[0]
+    share = torch.zeros(n, dtype=torch.float64, device=log_w.device)
+    share = share.index_add(0, ancestor, torch.softmax(log_w.double(), 0))
+    if int((share > 0).sum()) < 2:
+        return math.inf
+    return math.sqrt(max(float(share.square().sum()) - 1 / n, 0.0) * n / (n - 1))
 
 
 @dataclass(frozen=True)
@@ -140,8 +102,9 @@ class TemperedSMC:
     max_temperatures: int = 500
 
     def __post_init__(self) -> None:
-        if min(self.num_particles, self.num_moves, self.max_temperatures) < 1:
-            raise ValueError("expected positive counts")
+        for name in ("num_particles", "num_moves", "max_temperatures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
         if not 0 < self.effective_share < 1:
             raise ValueError(f"expected effective_share in (0, 1), found {self.effective_share}")
 
@@ -155,43 +118,54 @@ class TemperedSMC:
             ValueError: the density is finite at none of the first particles, is ``+inf`` somewhere, or β = 1 is not
                 reached within ``max_temperatures``.
         """
-        z = start.sample(self.num_particles)
-        state = _State(z, *start.log_prob_and_score(z), *density.log_prob_and_score(z))
-        beta, log_evidence, step_size = 0.0, 0.0, 1.0
+        path, n = Bridge(), self.num_particles
+        points = path.points(start, density, start.sample(n))
+        ancestor = torch.arange(n, device=points.z.device)
+        step_size = torch.ones((), dtype=points.z.dtype, device=points.z.device)
+        beta, log_evidence, error = 0.0, 0.0, 0.0
         history: list[Temperature] = []
         while beta < 1:
             if len(history) == self.max_temperatures:
                 raise ValueError(f"β = {beta:.3g} after {len(history)} temperatures: start closer to the density")
-            ratio = state.log_p - state.log_b
-            if not bool(torch.isfinite(ratio).any()) or bool((ratio == math.inf).any()):
-                raise ValueError(
-                    f"expected a finite density at some of {self.num_particles} particles and +inf at none, found "
-                    f"{int(torch.isfinite(ratio).sum())} finite and {int((ratio == math.inf).sum())} +inf"
-                )
-            increment = min(damping(ratio, self.effective_share), 1 - beta)
-            if beta + increment > 1 - 1e-9:
-                increment = 1 - beta
-            log_w = increment * ratio
-            kept = torch.softmax(log_w, 0)
-            log_evidence += float(log_mean_exp(log_w.double()))
-            beta += increment
-            state = state.at(resample(log_w, self.num_particles))
-            scale = state.z.std(0).clamp(min=torch.finfo(state.z.dtype).eps)
-            accepted = 0.0
-            tempered = _Tempered(start, density, beta)
-            for _ in range(self.num_moves):
-                old = state
-                move = self.move.apply(tempered, tempered.mix(old), step_size, scale)
-                assert tempered.last is not None
-                moved = (move.chains.z == tempered.last.z).all(-1)
-                state = _State(
-                    *(torch.where(moved.reshape(-1, *[1] * (new.ndim - 1)), new, was) for new, was in
-                      zip(tempered.last, old, strict=True))
-                )  # fmt: skip
-                step_size = self.move.adapted(step_size, move.acceptance)
-                accepted += move.acceptance / self.num_moves
-            effective = float(1 / kept.double().square().sum()) / self.num_particles
-            history.append(Temperature(beta, effective, accepted, step_size, log_evidence))
+            gain = _checked(path.gain(points))
+            increment = min(damping(gain, self.effective_share), 1 - beta)
+            # The last increment may fall short of 1 by rounding.
+            beta, increment = (1.0, 1 - beta) if beta + increment > 1 - 1e-9 else (beta + increment, increment)
+            log_w = increment * gain.double()
+            log_evidence += float(log_mean_exp(log_w))
+            error = genealogical_error(log_w, ancestor)
+            on_path = OnPath(path, start, density, torch.full_like(points.log_p, beta))
+            share = torch.softmax(log_w, 0).to(points.z)[:, None]
+            # Points outside the support have no weight, and scores that may be anything.
+            square = path.chains(points, on_path.beta).score.square() * share
+            scale = width(torch.where(share > 0, square, 0).nan_to_num(0.0, 0.0).sum(0))
+            index = resample(log_w, n)
+            points, ancestor = points.at(index), ancestor[index]
+            points, step_size, acceptance = self._moved(on_path, points, step_size, scale)
+            effective, lines = effective_sample_size(log_w) / n, len(ancestor.unique())
+            history.append(Temperature(beta, effective, acceptance, float(step_size), log_evidence, lines))
             if progress is not None:
                 progress(history[-1])
-        return TemperedParticles(state.z, state.log_p, state.score_p, log_evidence, tuple(history))
+        return TemperedParticles(points.z, points.log_p, points.score_p, log_evidence, error, tuple(history))
+
+    def _moved(
+        self, on_path: OnPath, points: Points, step_size: Tensor, scale: Tensor
+    ) -> tuple[Points, Tensor, float]:
+        """Points and step size after the moves of one temperature, and their mean acceptance."""
+        mean = torch.zeros_like(step_size)
+        for _ in range(self.num_moves):
+            move = self.move.apply(on_path, on_path.path.chains(points, on_path.beta), step_size, scale)
+            points = on_path.last.where(move.accepted, points)
+            step_size = self.move.adapted(step_size, move.acceptance.mean())
+            mean = mean + move.acceptance.mean() / self.num_moves
+        return points, step_size, float(mean)
+
+
+def _checked(gain: Tensor) -> Tensor:
+    finite, infinite = int(torch.isfinite(gain).sum()), int((gain == math.inf).sum())
+    if not finite or infinite:
+        raise ValueError(
+            f"expected a finite density at some of {gain.shape[0]} particles and +inf at none, found {finite} finite "
+            f"and {infinite} +inf"
+        )
+    return torch.nan_to_num(gain, nan=-math.inf, neginf=-math.inf)

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diagnostics: export to ArviZ, goodness of fit, and plots. ArviZ and matplotlib are imported when first needed."""
 
+from pyro_sm.diagnostics.benchmark_plots import (
+    plot_against_dimension,
+    plot_energies,
+    plot_error_against_evaluations,
+    plot_samples_over_contours,
+)
 from pyro_sm.diagnostics.export import KHAT_THRESHOLD, Provenance, draws_to_arviz, to_arviz
 from pyro_sm.diagnostics.goodness_of_fit import GoodnessOfFit, stein_goodness_of_fit
 from pyro_sm.diagnostics.guide_draws import WeightedGuide, draw_from_guide
@@ -14,8 +20,12 @@ __all__ = [
     "WeightedGuide",
     "draw_from_guide",
     "draws_to_arviz",
+    "plot_against_dimension",
+    "plot_energies",
+    "plot_error_against_evaluations",
     "plot_khat",
     "plot_raw_vs_weighted",
+    "plot_samples_over_contours",
     "plot_training",
     "stein_goodness_of_fit",
     "summary_table",

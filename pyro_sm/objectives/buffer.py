@@ -74,7 +74,7 @@ def round_statistics(log_weight: Tensor) -> RoundStatistics:
 
 
 class Buffer(NamedTuple):
-    """The last few rounds, oldest first; each counts alike, whatever its size."""
+    """The last few rounds, oldest first; each counts alike, whatever its size, or not at all if its weights are 0."""
 
     rounds: tuple[Round, ...] = ()
 
@@ -88,7 +88,8 @@ class Buffer(NamedTuple):
 
     def weights(self) -> Tensor:
         """Training weights (M,), summing to 1."""
-        return torch.cat([r.weight for r in self.rounds]) / len(self.rounds)
+        weight = torch.cat([r.weight for r in self.rounds])
+        return weight / weight.sum()
 
     def pick(self, weight: Tensor, uniform: Tensor) -> Tensor:
         """Indices (B,) into the buffer in proportion to ``weight`` (M,), by inverting its cumulative sum."""

@@ -20,19 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
-from pyro.infer.enum import get_importance_trace
 from torch import Tensor
 
 from pyro_sm.base import DiffusionGuide, require
 from pyro_sm.model import ModelDensity
+from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
 from pyro_sm.objectives.score_matching import denoising_loss, draw_step_noise
 from pyro_sm.weights import resample
 
 _REFIT_DRAWS = 2048
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 class _Part(NamedTuple):
@@ -50,7 +46,7 @@ class _Split(NamedTuple):
     held_out: _Part
 
 
-class DrawsScoreMatching(ELBO):
+class DrawsScoreMatching(GuideObjective):
     r"""Fits a diffusion guide to posterior draws: ``svi = SVI(model, guide, optim, DrawsScoreMatching(draws))``.
 
     ``draws`` is what ``MCMC.get_samples()`` returns. ``svi.step(*args)`` takes the model's own arguments, as ever;
@@ -109,10 +105,6 @@ class DrawsScoreMatching(ELBO):
         self._data: _Split | None = None
         self._steps = 0
 
-    def _get_trace(self, model: Any, guide: Any, args: Args, kwargs: Kwargs) -> Any:
-        """A guide trace and the model replayed against it, as ELBO subclasses offer."""
-        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
-
     def _packed(self, density: ModelDensity) -> Tensor:
         """The draws as latents (N, D)."""
         if isinstance(self.draws, Tensor):
@@ -166,20 +158,3 @@ class DrawsScoreMatching(ELBO):
             log_weight = torch.cat([self._data.training.log_weight, self._data.held_out.log_weight])
             with torch.no_grad(), poutine.block():
                 guide.refit(z[resample(log_weight, min(_REFIT_DRAWS, len(z)))], args, kwargs or {})
-
-    # -- the ELBO interface ------------------------------------------------------------------------------------
-
-    def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of one batch of held-out draws; leaves the guide as it is."""
-        with torch.no_grad():
-            return float(self._loss(model, guide, args, kwargs, commit=False))
-
-    def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one batch as a scalar tensor; counts as a training step."""
-        return self._loss(model, guide, args, kwargs, commit=torch.is_grad_enabled())
-
-    def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of one batch, its gradients added to the guide's parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
-        return float(loss.detach())

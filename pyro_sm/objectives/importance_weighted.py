@@ -20,25 +20,26 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
-from pyro.infer.enum import get_importance_trace
 from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionGuide, Evaluations, RoundInfo, require
 from pyro_sm.objectives.buffer import Buffer, Round, damped_round, round_statistics
+from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
+from pyro_sm.objectives.gradients import backward
+from pyro_sm.objectives.population import Particles, Population, as_round
 from pyro_sm.objectives.score_matching import PathWeights, Weighting, draw_step_noise
 from pyro_sm.sampling.defensive import Defence, draw_defensively
 from pyro_sm.weights import resample
 
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
+_POPULATION = Population()
 
 
 class TrainingState(NamedTuple):
     """All that the next step needs and the guide does not hold.
 
     ``buffer``: the last rounds. ``steps``: optimiser steps since the last round. ``loss_sum``: of those steps.
-    ``history``: one entry per round. ``seconds``: of rounds, losses and gradients so far.
+    ``history``: one entry per round. ``seconds``: of rounds, losses and gradients so far. ``population``: particles
+    beside the sampler, if it has any; ``seeding``: the density evaluations that making them took.
     """
 
     buffer: Buffer = Buffer()
@@ -46,9 +47,11 @@ class TrainingState(NamedTuple):
     loss_sum: float = 0.0
     history: tuple[RoundInfo, ...] = ()
     seconds: float = 0.0
+    population: Particles | None = None
+    seeding: int = 0
 
 
-class ImportanceWeightedScoreMatching(ELBO):
+class ImportanceWeightedScoreMatching(GuideObjective):
     r"""Trains a diffusion guide on an unnormalised model by importance-weighted score matching.
 
     Used like ``Trace_ELBO``: ``SVI(model, guide, optim, loss=ImportanceWeightedScoreMatching())``. One ``svi.step``
@@ -66,6 +69,8 @@ class ImportanceWeightedScoreMatching(ELBO):
         buffer_rounds: rounds kept for replay.
         steps_per_round: optimiser steps between rounds.
         batch_size: noised points per step.
+        population: the particles that teach the sampler in more than ten dimensions (default), or None to go without
+            them. Not used by ``MarginalWeights``.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Attributes:
@@ -87,6 +92,7 @@ class ImportanceWeightedScoreMatching(ELBO):
         buffer_rounds: int = 4,
         steps_per_round: int = 100,
         batch_size: int = 1024,
+        population: Population | None = _POPULATION,
         max_plate_nesting: float = float("inf"),
     ) -> None:
         for name, value in (
@@ -106,13 +112,16 @@ class ImportanceWeightedScoreMatching(ELBO):
         self.buffer_rounds = buffer_rounds
         self.steps_per_round = steps_per_round
         self.batch_size = batch_size
+        self.population = population if self.weighting.num_inner == 0 else None
         self.state = TrainingState()
         self._bound: tuple[object, Density] | None = None
 
     @property
     def evaluations_per_round(self) -> int:
         """Density evaluations of a round and the steps that follow it."""
-        return self.num_particles + self.steps_per_round * self.batch_size * self.weighting.num_inner
+        own = self.num_particles + self.steps_per_round * self.batch_size * self.weighting.num_inner
+        moved = self.population is not None and self.state.population is not None
+        return own + (self.population.evaluations_per_round if moved and self.population else 0)
 
     @property
     def evaluations(self) -> Evaluations:
@@ -123,10 +132,6 @@ class ImportanceWeightedScoreMatching(ELBO):
     def history(self) -> tuple[RoundInfo, ...]:
         """What each round measured, oldest first."""
         return self.state.history
-
-    def _get_trace(self, model: Any, guide: Any, args: Args, kwargs: Kwargs) -> Any:
-        """A guide trace and the model replayed against it, as ELBO subclasses offer."""
-        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
     # -- rounds ------------------------------------------------------------------------------------------------
 
@@ -152,7 +157,26 @@ class ImportanceWeightedScoreMatching(ELBO):
                 index = resample(buffer.weights().log(), min(2048, self.num_particles * len(buffer.rounds)))
                 guide.refit(buffer.latents()[index], args, kwargs)
 
-    def _after_round(self, new: Round, density: Density) -> TrainingState:
+    def _populate(
+        self, guide: DiffusionGuide, new: Round, density: Density, args: Args, kwargs: Kwargs
+    ) -> Particles | None:
+        """The population after this round, if the model is large enough for one."""
+        settings = self.population
+        if settings is None or density.dim < settings.min_dim:
+            return None
+        with torch.no_grad(), poutine.block():
+            process = guide.diffusion(args, kwargs)
+            particles = self.state.population
+            if particles is None:
+                before = density.evaluations.density
+                particles = settings.seeded(process, density)
+                self.state = self.state._replace(seeding=self.state.seeding + density.evaluations.density - before)
+                return particles
+            share = 1 - new.num_guide / len(new.draws.z)
+            particles, _ = settings.exchanged(particles, new.draws, process, density, self.defence(density), share)
+            return settings.moved(particles, density)
+
+    def _after_round(self, new: Round, density: Density, particles: Particles | None) -> TrainingState:
         state = self.state
         stats = round_statistics(new.draws.log_weight)
         info = RoundInfo(
@@ -167,8 +191,16 @@ class ImportanceWeightedScoreMatching(ELBO):
             gradient_evaluations=density.evaluations.gradient,
             seconds=state.seconds,
         )
-        buffer = state.buffer.push(new, self.buffer_rounds)
-        return state._replace(buffer=buffer, steps=0, loss_sum=0.0, history=(*state.history, info))
+        if particles is None or self.population is None:
+            buffer = state.buffer.push(new, self.buffer_rounds)
+        else:
+            taught = (
+                new if new.gamma >= self.population.min_gamma else new._replace(weight=torch.zeros_like(new.weight))
+            )
+            keep = 2 * self.buffer_rounds
+            buffer = state.buffer.push(taught, keep).push(as_round(particles), keep)
+        history = (*state.history, info)
+        return state._replace(buffer=buffer, steps=0, loss_sum=0.0, history=history, population=particles)
 
     def bind(self, guide: DiffusionGuide, density: Density) -> None:
         """Start afresh for another guide; keep the history but not the draws for other data."""
@@ -178,7 +210,7 @@ class ImportanceWeightedScoreMatching(ELBO):
         if self._bound[0] is not guide:
             self.state = TrainingState()
         elif self._bound[1] is not density:
-            self.state = self.state._replace(buffer=Buffer(), steps=0, loss_sum=0.0)
+            self.state = self.state._replace(buffer=Buffer(), steps=0, loss_sum=0.0, population=None)
         self._bound = (guide, density)
 
     # -- the ELBO interface ------------------------------------------------------------------------------------
@@ -195,7 +227,9 @@ class ImportanceWeightedScoreMatching(ELBO):
             self.bind(diffusion_guide, density)
             if self.round_due():
                 self.refit(diffusion_guide, args, kwargs)
-                self.state = self._after_round(self._collect(diffusion_guide, density, args, kwargs), density)
+                new = self._collect(diffusion_guide, density, args, kwargs)
+                particles = self._populate(diffusion_guide, new, density, args, kwargs)
+                self.state = self._after_round(new, density, particles)
         buffer = self.state.buffer
         if self._bound is not None and (self._bound[0] is not guide or self._bound[1] is not density):
             buffer = Buffer()  # a look at another guide or other data, which the rounds say nothing about
@@ -210,19 +244,10 @@ class ImportanceWeightedScoreMatching(ELBO):
             )
         return loss
 
-    def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of one batch; leaves guide and training state as they are."""
-        with torch.no_grad():
-            return float(self._loss(model, guide, args, kwargs, commit=False))
-
-    def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one batch as a scalar tensor; counts as a training step, and may begin a round."""
-        return self._loss(model, guide, args, kwargs, commit=torch.is_grad_enabled())
-
     def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss of one batch, its gradients added to the guide's parameters; may begin a round."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         started = time.monotonic()
-        loss.backward()
+        backward(loss, guide)
         self.state = self.state._replace(seconds=self.state.seconds + time.monotonic() - started)
         return float(loss.detach())

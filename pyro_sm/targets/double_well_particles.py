@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.targets.mean_free import MeanFree
+from pyro_sm.targets.reference_draws import load_draws
 from pyro_sm.targets.target import CoveringGaussian
 
 
@@ -53,3 +54,12 @@ class DoubleWellParticles:
     def log_prob(self, x: Tensor) -> Tensor:
         """``−E`` (...) in nats for latents ``x`` (..., D)."""
         return -self.energy(self.particles.to_positions(x))
+
+    def reference_draws(self) -> Tensor:
+        """Draws (N, D) of a long run of parallel tempering, in random order, in the dtype of the start.
+
+        Raises:
+            ValueError: none are shipped for this number of particles and dimension of space.
+        """
+        n, s = self.particles.num_particles, self.particles.space_dim
+        return load_draws(f"dw{n}" if s == 2 else f"{self.name} in {s} dimensions", self.dtype)

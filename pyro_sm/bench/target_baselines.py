@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Objectives of other papers in this package's terms, so that only the objective differs in a comparison.
+
+* :class:`UnitWeights`: the regression on estimated scores with every weight one (iterated denoising energy matching);
+* :class:`PathLogVariance`: the variance of path log weights.
+
+Sources: "Iterated Denoising Energy Matching" https://arxiv.org/abs/2402.06121 ; "Improved sampling via learned
+diffusions" https://arxiv.org/abs/2307.01198 .
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_sm.base import Density, DiffusionGuide, DiffusionProcess, require
+from pyro_sm.objectives.buffer import Buffer
+from pyro_sm.objectives.score_matching import StepNoise, marginal_estimate
+from pyro_sm.sampling.defensive import Defence, WideComponent
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """:class:`~pyro_sm.MarginalWeights` with every weight one: iterated denoising energy matching.
+
+    Without the weight the ratio bias of the score estimate stays, and points are taught as often as they are drawn.
+
+    Args:
+        num_inner: K, inner draws per row.
+    """
+
+    num_inner: int = 16
+
+    def defence(self, density: Density) -> Defence:
+        """As the weighted form has it."""
+        return WideComponent()
+
+    def loss(
+        self, process: DiffusionProcess, density: Density, wide: Defence, buffer: Buffer, step: StepNoise
+    ) -> Tensor:
+        """``λ (‖s − Ŝ‖² − ‖s_0 − Ŝ‖²)/D`` per row (B,), ``λ = r²``, ``s_0`` the untrained score."""
+        with torch.no_grad():
+            latents = buffer.latents()
+            u = process.to_white(latents[buffer.pick(torch.ones_like(latents[:, 0]), step.pick)])
+            y = u + step.level[:, None] * step.noise
+            estimate = marginal_estimate(process, density, y, step.level, step.inner)
+            square_ratio = step.level.square()[:, None]
+            target = y + square_ratio * estimate.score
+        error, log_variance, start = process.regression(target, y, step.level)
+        square = (error.square() - start.square()) / (1 + square_ratio)
+        return square.mean(-1) + 1e-2 * log_variance.square().mean(-1)
+
+
+class PathLogVariance(ELBO):
+    r"""``Var(log p̃(z) + R)`` over draws ``z`` of the guide, held fixed, each noised forward to a path.
+
+    The log weight of every path is the same, ``log Z``, if and only if the guide's path law is the target's; any law
+    of paths will do for the variance, so the draws need no gradient, nor does the density.
+
+    Args:
+        num_particles: N ≥ 2, paths and density evaluations per step.
+    """
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("PathLogVariance needs no traces")
+
+    def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The variance of one batch, nats²."""
+        diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
+        diffusion_guide.setup(model, args, kwargs)
+        density = diffusion_guide.density(model, args, kwargs)
+        process = diffusion_guide.diffusion(args, kwargs)
+        with torch.no_grad(), poutine.block():
+            z, _ = process.draw(self.num_particles)
+            log_p = density.log_prob(z)
+        seen = torch.isfinite(log_p)
+        return (log_p[seen] + process.path_log_ratio(z[seen])).var()
+
+    def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The variance of one batch."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The variance of one batch, its gradients added to the guide's parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return float(loss.detach())

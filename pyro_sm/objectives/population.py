@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A population of particles beside the sampler's own draws, for latent spaces too large for weights alone.
+
+In more than ten dimensions or so the weights of an untrained sampler rest on a few draws. Damped, they still teach
+it; but ``w^γ`` counts a mode by its typical weights, and the mode the sampler knows less well has the lower ones: it
+is taught less, and is lost, with weights that look good in the end. So the training data come from elsewhere:
+
+1. *Seeding.* Tempered sequential Monte Carlo from the prior (or the base) leaves M particles that are draws of the
+   target, nearly; their shares of the modes are as good as resampling left them.
+2. *Exchange.* In every round each particle is offered one of the round's weighted draws, and takes it with
+   probability ``min(1, w'/w)``: independent Metropolis on path space, where ``w`` of a particle is that of a freshly
+   noised path from it. This is exact whatever the sampler; when it fits, shares are corrected, without any damping.
+3. *Moves.* A few Hamiltonian moves of every particle, so that training never sees the same population twice.
+
+The round's own draws join the training data when they hardly need damping any more.
+
+Sources: "Sequential Monte Carlo samplers" https://doi.org/10.1111/j.1467-9868.2006.00553.x ; "Adaptive Monte Carlo
+augmented with normalizing flows" https://arxiv.org/abs/2105.12603 .
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
+from pyro_sm.corrections.annealing_path import PriorStart, Start
+from pyro_sm.corrections.moves import Chains, HamiltonianMove
+from pyro_sm.corrections.tempered import TemperedSMC
+from pyro_sm.density import GaussianDensity
+from pyro_sm.objectives.buffer import Round
+from pyro_sm.sampling.defensive import Defence, mixture_log_weight
+
+
+class Particles(NamedTuple):
+    """``z`` (M, D) with ``log_p`` (M,), nats, and ``score`` (M, D); ``step_size`` () of their moves."""
+
+    z: Tensor
+    log_p: Tensor
+    score: Tensor
+    step_size: Tensor
+
+
+@dataclass(frozen=True)
+class Population:
+    """Settings of the population.
+
+    Args:
+        num_particles: M.
+        num_moves: moves of every particle in every round; each costs M evaluations per leapfrog step.
+        move: how to move.
+        seeding: the tempered sampler that makes the first particles; its own number of particles is M.
+        min_dim: models with fewer latents go without a population.
+        min_gamma: rounds with a damping exponent below this do not join the training data.
+
+    Raises:
+        ValueError: a count that is not positive, or ``min_gamma`` outside [0, 1].
+    """
+
+    num_particles: int = 2048
+    num_moves: int = 1
+    move: HamiltonianMove = field(default_factory=HamiltonianMove)
+    seeding: TemperedSMC = field(default_factory=lambda: TemperedSMC(num_particles=2048, num_moves=10))
+    min_dim: int = 11
+    min_gamma: float = 0.7
+
+    def __post_init__(self) -> None:
+        if min(self.num_particles, self.num_moves, self.min_dim) < 1:
+            raise ValueError("expected positive counts")
+        if not 0 <= self.min_gamma <= 1:
+            raise ValueError(f"expected min_gamma in [0, 1], found {self.min_gamma}")
+        if self.seeding.num_particles != self.num_particles:
+            raise ValueError(
+                f"expected a seeding with as many particles as the population, {self.num_particles}, found "
+                f"{self.seeding.num_particles}"
+            )
+
+    @property
+    def evaluations_per_round(self) -> int:
+        """Density and gradient evaluations of the moves of one round."""
+        return self.num_particles * self.num_moves * self.move.num_leapfrog
+
+    def seeded(self, process: DiffusionProcess, density: Density) -> Particles:
+        """The first particles, by tempered sequential Monte Carlo from the prior, or from the base if there is none.
+
+        Raises:
+            ValueError: the density is finite at none of the first particles, or cannot be reached.
+        """
+        found = self.seeding.run(density, _start(process, density))
+        step = torch.as_tensor(found.history[-1].step_size, dtype=found.z.dtype, device=found.z.device)
+        return Particles(found.z, found.log_p, found.score, step)
+
+    def exchanged(
+        self,
+        particles: Particles,
+        draws: Draws,
+        process: DiffusionProcess,
+        density: Density,
+        wide: Defence,
+        share: float,
+    ) -> tuple[Particles, float]:
+        """Particles after each of up to M of them was offered one of the ``draws`` (N,); and the acceptance rate.
+
+        ``share``: what part of the draws is the wide component's. Scores of the particles taken over are evaluated.
+        """
+        count = min(len(draws.z), self.num_particles)
+        offered = torch.randperm(len(draws.z), device=draws.z.device)[:count]
+        holder = torch.randperm(self.num_particles, device=draws.z.device)[:count]
+        held = particles.z[holder]
+        log_ratio = process.path_log_ratio(held)
+        log_wide = wide.log_prob(process, density, held) if share > 0 else torch.zeros_like(log_ratio)
+        own = mixture_log_weight(particles.log_p[holder], log_ratio, log_wide, share)
+        taken = torch.rand_like(own).log() < draws.log_weight[offered] - own
+        rate = float(taken.double().mean())
+        if not bool(taken.any()):
+            return particles, rate
+        into, z = holder[taken], draws.z[offered[taken]]
+        log_p, score = density.log_prob_and_score(z)
+        replaced = Particles(
+            particles.z.index_copy(0, into, z),
+            particles.log_p.index_copy(0, into, log_p),
+            particles.score.index_copy(0, into, score),
+            particles.step_size,
+        )
+        return replaced, rate
+
+    def moved(self, particles: Particles, density: Density) -> Particles:
+        """Particles after their moves."""
+        chains = Chains(particles.z, particles.log_p, particles.score)
+        step = particles.step_size
+        for _ in range(self.num_moves):
+            # Slopes know the width of a mode; the spread of the particles would be that of all modes together.
+            width = torch.rsqrt(chains.score.square().mean(0).clamp(min=torch.finfo(step.dtype).tiny))
+            move = self.move.apply(density.log_prob_and_score, chains, step, width)
+            chains, step = move.chains, self.move.adapted(step, move.acceptance.mean(), rate=0.3)
+        return Particles(*chains, step)
+
+
+def as_round(particles: Particles) -> Round:
+    """The population as a round of equally weighted draws, none of them the guide's."""
+    count = len(particles.z)
+    draws = Draws(particles.z, particles.log_p, torch.zeros_like(particles.log_p))
+    return Round(draws, torch.full_like(particles.log_p, 1 / count), 1.0, 0)
+
+
+def _start(process: DiffusionProcess, density: Density) -> Start:
+    if isinstance(density, HasPrior) and density.has_prior:
+        return PriorStart(density)
+    eye = torch.eye(process.dim, dtype=process.ratios.dtype, device=process.ratios.device)
+    loc = process.to_latent(torch.zeros_like(eye[:1]))[0]
+    return GaussianDensity(loc, (process.to_latent(eye) - loc).T.contiguous())

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The population: exchange is exact whatever the sampler, moves keep the target, and the state can be saved."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyro_sm import AutoDiffusion, DiffusionSampler, GivenBase, ImportanceWeightedScoreMatching, StoppingRule
+from pyro_sm.base import Draws
+from pyro_sm.corrections.tempered import TemperedSMC
+from pyro_sm.density import FunctionDensity
+from pyro_sm.examples.improper import factor_model
+from pyro_sm.nn.mlp import MLP
+from pyro_sm.objectives import MarginalWeights
+from pyro_sm.objectives.buffer import Buffer, Round
+from pyro_sm.objectives.population import Particles, Population, as_round
+from pyro_sm.sampling.defensive import WideComponent, draw_defensively
+
+LEFT = 0.2
+
+
+def log_prob(x):
+    """Modes at −2 and 2 in the first latent, of weights .2 and .8; standard normal in the second; ``log Z = 1``."""
+    parts = torch.stack([-0.5 * (x[..., 0] + 2).square() / 0.25, -0.5 * (x[..., 0] - 2).square() / 0.25])
+    weight = torch.tensor([LEFT, 1 - LEFT], dtype=x.dtype).log().reshape(2, *[1] * (x.ndim - 1))
+    norm = math.log(2 * math.pi) + math.log(0.5)
+    return torch.logsumexp(parts + weight, 0) - 0.5 * x[..., 1].square() - norm + 1
+
+
+def exact(count):
+    side = torch.where(torch.rand(count) < LEFT, -2.0, 2.0)
+    return torch.stack([side + 0.5 * torch.randn(count), torch.randn(count)], 1)
+
+
+def settings(count=64, **changes):
+    smc = TemperedSMC(num_particles=count, num_moves=2)
+    return Population(num_particles=count, seeding=smc, **{"min_dim": 1, **changes})
+
+
+def untrained():
+    """A sampler that is a Gaussian, too wide and off centre."""
+    guide = AutoDiffusion(
+        factor_model(log_prob, 2), base=GivenBase(0.5, 2.5), architecture=MLP(width=16, depth=1), num_steps=8
+    )
+    guide.setup(factor_model(log_prob, 2), (), {})
+    return guide.diffusion()
+
+
+def particles_at(z):
+    density = FunctionDensity(log_prob, 2)
+    log_p, score = density.log_prob_and_score(z)
+    return density, Particles(z, log_p, score, torch.tensor(0.5))
+
+
+# -------------------------------------------------------------------------------------------------- is it exact?
+
+
+@torch.no_grad()
+def test_exchange_and_moves_keep_the_target():
+    torch.manual_seed(0)
+    density, particles = particles_at(exact(8000))
+    population, process, wide = settings(8000), untrained(), WideComponent()
+    rates = []
+    for _ in range(4):
+        draws, num_guide = draw_defensively(process, density, wide, 8000)
+        particles, rate = population.exchanged(particles, draws, process, density, wide, 1 - num_guide / 8000)
+        particles = population.moved(particles, density)
+        rates.append(rate)
+    assert min(rates) > 0.1
+    z = particles.z
+    assert abs(float((z[:, 0] < 0).float().mean()) - LEFT) < 4 * math.sqrt(LEFT * (1 - LEFT) / 8000)
+    assert abs(float(z[:, 1].var()) - 1) < 4 * math.sqrt(2 / 8000)
+    inside = z[z[:, 0] > 0, 0]
+    assert abs(float(inside.var()) - 0.25) < 0.02
+    log_p, score = density.log_prob_and_score(z)
+    assert torch.allclose(log_p, particles.log_p, atol=1e-5)
+    assert torch.allclose(score, particles.score, atol=1e-4)
+
+
+@torch.no_grad()
+def test_exchange_repairs_the_shares_of_modes_and_taking_everything_does_not():
+    torch.manual_seed(1)
+    wrong = exact(4000)
+    wrong[:, 0] = wrong[:, 0].abs() * torch.where(torch.rand(4000) < 0.7, -1.0, 1.0)
+    population, process, wide = settings(4000), untrained(), WideComponent()
+    density, particles = particles_at(wrong)
+    careless = particles
+    for _ in range(20):
+        draws, num_guide = draw_defensively(process, density, wide, 4000)
+        share = 1 - num_guide / 4000
+        particles, _ = population.exchanged(particles, draws, process, density, wide, share)
+        flat = draws._replace(log_weight=torch.full_like(draws.log_weight, math.inf))
+        careless, rate = population.exchanged(careless, flat, process, density, wide, share)
+        assert rate == 1
+    assert abs(float((particles.z[:, 0] < 0).float().mean()) - LEFT) < 0.03
+    assert abs(float((careless.z[:, 0] < 0).float().mean()) - LEFT) > 0.1
+
+
+def test_seeds_are_draws_of_the_target_and_counted():
+    torch.manual_seed(2)
+    density = FunctionDensity(log_prob, 2)
+    particles = settings(4000).seeded(untrained(), density)
+    assert abs(float((particles.z[:, 0] < 0).float().mean()) - LEFT) < 0.08
+    assert density.evaluations.density >= 4000 * 3
+    assert torch.allclose(density.log_prob(particles.z), particles.log_p, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- in the rounds
+
+
+def test_the_population_counts_like_a_round_and_a_silent_round_not_at_all():
+    draws = Draws(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4))
+    silent = Round(draws, torch.zeros(4), 0.1, 4)
+    particles = Particles(torch.ones(2, 2), torch.zeros(2), torch.zeros(2, 2), torch.tensor(1.0))
+    buffer = Buffer((silent, as_round(particles)))
+    assert torch.equal(buffer.weights(), torch.tensor([0.0, 0, 0, 0, 0.5, 0.5]))
+    assert int(buffer.pick(buffer.weights(), torch.tensor([0.0]))) == 4
+
+
+def sampler(population, budget=3000, **changes):
+    objective = ImportanceWeightedScoreMatching(
+        256, steps_per_round=5, batch_size=64, buffer_rounds=2, population=population, **changes
+    )
+    guide = AutoDiffusion(
+        factor_model(log_prob, 2), base=GivenBase(0.0, 2.0), architecture=MLP(width=16, depth=1), num_steps=8,
+        name="population",
+    )  # fmt: skip
+    return DiffusionSampler(
+        factor_model(log_prob, 2), guide=guide, objective=objective, stopping=StoppingRule(max_evaluations=budget),
+        disable_progbar=True,
+    )  # fmt: skip
+
+
+def test_large_models_have_one_and_others_do_not():
+    for population, expected in ((settings(), True), (settings(min_dim=3), False), (None, False)):
+        run = sampler(population)
+        run.run()
+        assert (run.objective.state.population is not None) is expected
+        assert run.objective.evaluations_per_round == 256 + (64 if expected else 0)
+        seeding = run.objective.state.seeding
+        assert (seeding > 0) is expected
+        assert run.history[-1].density_evaluations - seeding <= 3000 + (len(run.history) * 64 if expected else 0)
+        run.guide.release()
+    marginal = ImportanceWeightedScoreMatching(weighting=MarginalWeights(), population=settings())
+    assert marginal.population is None
+
+
+def test_evaluations_are_counted():
+    run = sampler(settings())
+    run.run()
+    first, last = run.history[0], run.history[-1]
+    rounds = last.round - first.round
+    exchanged = last.density_evaluations - first.density_evaluations - rounds * (256 + 64)
+    assert 0 <= exchanged <= rounds * 64
+
+
+def test_a_saved_run_goes_on_bit_for_bit(tmp_path):
+    path = tmp_path / "run.ckpt"
+    whole = sampler(settings(), budget=6000)
+    whole.run()
+    whole.guide.release()
+    part = sampler(settings(), budget=6000)
+    # Stop between two rounds, as Ctrl-C does.
+    step, calls = part._step, iter(range(1000))
+
+    def interrupted(*args):
+        if next(calls) == 23:
+            raise KeyboardInterrupt
+        step(*args)
+
+    part._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        part.run()
+    part.save(path)
+    part.guide.release()
+    rest = sampler(settings(), budget=6000)
+    rest.load(path)
+    rest.run()
+    assert [tuple(a)[:8] for a in rest.history[1:]] == [tuple(a)[:8] for a in whole.history[1:]]
+    assert torch.equal(rest.objective.state.population.z, whole.objective.state.population.z)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Population(num_moves=0), "positive counts"),
+        (lambda: Population(min_gamma=1.5), "min_gamma"),
+        (lambda: Population(num_particles=100), "as many particles"),
+    ],
+)
+def test_bad_settings(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
