@@ -21,6 +21,7 @@ from pyro_sm.objectives import (
     PathWeights,
     SteinDiscrepancy,
 )
+from pyro_sm.objectives.population import Population
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.sampling.defensive import PriorComponent, WideComponent
 
@@ -46,6 +47,7 @@ __all__ = [
     "ModelDensity",
     "ModelRefusedError",
     "PathWeights",
+    "Population",
     "PriorBase",
     "PriorComponent",
     "PyroSMWarning",
