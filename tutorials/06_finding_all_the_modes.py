@@ -142,15 +142,17 @@ figure = Figure(figsize=(8, 4), layout="constrained")
 left, right = figure.subplots(1, 2)
 for sensor, colour in enumerate(("#0072B2", "#D55E00", "#009E73", "#CC79A7")):
     some = places[:3000, 2 * sensor : 2 * sensor + 2]
-    left.plot(*some.T, ".", ms=1.5, alpha=0.4, color=colour, label=f"sensor {sensor + 1}")
+    left.plot(*some.T, ".", ms=1.5, alpha=0.4, color=colour)
+    left.plot([], [], "o", ms=5, color=colour, label=f"sensor {sensor + 1}")
 left.plot(*network.known.T, "k^", ms=7, label="known")
 left.set(title="posterior of the four places", xlim=(-1.2, 2), ylim=(-1.2, 2), aspect="equal")
-left.legend(frameon=False, fontsize=8, markerscale=4, loc="upper right")
+left.legend(frameon=False, fontsize=8, loc="upper left")
 position = torch.arange(8)
 right.bar(position - 0.2, network.mode_weights(), 0.4, color="#BBBBBB", label="reference")
 right.bar(position + 0.2, shares, 0.4, color="#0072B2", label="DiffusionSampler")
 right.set(title="weights of the configurations", xlabel="configuration", xticks=position.tolist())
-right.legend(frameon=False)
+right.set_ylim(0, 0.2)
+right.legend(frameon=False, loc="upper left", ncol=2)
 figure.savefig(FIGURES / "modes-sensors.png", dpi=120)
 
 # %% [markdown]
