@@ -62,9 +62,10 @@ def particles_at(z):
 def test_exchange_and_moves_keep_the_target():
     torch.manual_seed(0)
     density, particles = particles_at(exact(8000))
-    population, process, wide = settings(8000), untrained(), WideComponent()
+    # A large share of a lopsided component: weights that forget it would favour one of the modes.
+    population, process, wide = settings(8000), untrained(), WideComponent(share=0.6, scale=0.4)
     rates = []
-    for _ in range(4):
+    for _ in range(6):
         draws, num_guide = draw_defensively(process, density, wide, 8000)
         particles, rate = population.exchanged(particles, draws, process, density, wide, 1 - num_guide / 8000)
         particles = population.moved(particles, density)

@@ -11,8 +11,6 @@ from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 from torch import Tensor
 
-from pyro_sm.objectives.gradients import backward
-
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -38,11 +36,7 @@ class GuideObjective(ELBO):
         return self._loss(model, guide, args, kwargs, commit=torch.is_grad_enabled())
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of one batch, its gradients added to the guide's parameters.
-
-        Raises:
-            ValueError: the loss or a gradient is NaN.
-        """
+        """The loss of one batch, its gradients added to the guide's parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        backward(loss, guide)
+        loss.backward()
         return float(loss.detach())

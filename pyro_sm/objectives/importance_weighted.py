@@ -25,7 +25,6 @@ from torch import Tensor
 from pyro_sm.base import Density, DiffusionGuide, Evaluations, RoundInfo, require
 from pyro_sm.objectives.buffer import Buffer, Round, damped_round, round_statistics
 from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
-from pyro_sm.objectives.gradients import backward
 from pyro_sm.objectives.population import Particles, Population, as_round
 from pyro_sm.objectives.score_matching import PathWeights, Weighting, draw_step_noise
 from pyro_sm.sampling.defensive import Defence, draw_defensively
@@ -248,6 +247,6 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         """The loss of one batch, its gradients added to the guide's parameters; may begin a round."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         started = time.monotonic()
-        backward(loss, guide)
+        loss.backward()
         self.state = self.state._replace(seconds=self.state.seconds + time.monotonic() - started)
         return float(loss.detach())

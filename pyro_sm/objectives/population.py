@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
-from pyro_sm.corrections.annealing_path import PriorStart, Start
+from pyro_sm.corrections.annealing_path import PriorStart, Start, width
 from pyro_sm.corrections.moves import Chains, HamiltonianMove
 from pyro_sm.corrections.tempered import TemperedSMC
 from pyro_sm.density import GaussianDensity
@@ -132,9 +132,7 @@ class Population:
         chains = Chains(particles.z, particles.log_p, particles.score)
         step = particles.step_size
         for _ in range(self.num_moves):
-            # Slopes know the width of a mode; the spread of the particles would be that of all modes together.
-            width = torch.rsqrt(chains.score.square().mean(0).clamp(min=torch.finfo(step.dtype).tiny))
-            move = self.move.apply(density.log_prob_and_score, chains, step, width)
+            move = self.move.apply(density.log_prob_and_score, chains, step, width(chains.score.square().mean(0)))
             chains, step = move.chains, self.move.adapted(step, move.acceptance.mean(), rate=0.3)
         return Particles(*chains, step)
 
