@@ -17,7 +17,7 @@ import torch
 
 import pyro_sm
 from pyro_sm.base import CheckpointError
-from pyro_sm.bench import batching, gaussian_guides, known_answers, references, report, targets
+from pyro_sm.bench import batching, cost, gaussian_guides, known_answers, references, report, targets
 from pyro_sm.checkpoint import read_checkpoint
 from pyro_sm.demo import eight_schools_demo, galaxy_demo
 from pyro_sm.guides import BatchAndMatchBase, LaplaceBase, PriorBase
@@ -201,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     tables = bench.add_subparsers(dest="table", required=True)
     modules = {
         "batching": batching,
+        "cost": cost,
         "known-answers": known_answers,
         "gaussian-guides": gaussian_guides,
         "targets": targets,

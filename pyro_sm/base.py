@@ -89,11 +89,13 @@ class Draws(NamedTuple):
     """Latents with all that is known about them.
 
     ``z``: (N, D). ``log_p``: (N,) ``log p̃(z)`` in nats. ``log_weight``: (N,) with ``E[exp log_weight] = Z``.
+    ``score``: (N, D) ``∇ log p̃(z)``, where it was asked for.
     """
 
     z: Tensor
     log_p: Tensor
     log_weight: Tensor
+    score: Tensor | None = None
 
     @property
     def log_q(self) -> Tensor:

@@ -51,29 +51,31 @@ class Denoiser:
     """``D(y, r)`` and ``V(y, r)`` around a network; see the head of the file.
 
     Args:
-        network: ``(x (B, D), c (B,), context (B, C) or None) -> (B, 2D)``: ``F`` and ``h`` side by side.
-        context: one context for all rows, (C,) or (B, C); None for an unconditional sampler.
+        network: ``(x (B, D), c (B,) or (1,), context or None) -> (B, 2D)``: ``F`` and ``h`` side by side. ``c`` (1,)
+            is one noise level for all rows; a network whose rows share it need not compute it for each.
+        context: one context for all rows (C,), or (B, C); None for an unconditional sampler.
     """
 
     network: Network
     context: Tensor | None = None
 
     def field(self, x: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """``F`` and ``h`` (B, D) at scaled points ``x = y/√v`` (B, D) and ``log r`` (B,)."""
+        """``F`` and ``h`` (B, D) at scaled points ``x = y/√v`` (B, D) and ``log r`` (B,) or (1,)."""
         mean, log_variance = self.network(x, 0.25 * log_ratio, self.context).chunk(2, -1)
         return mean, log_variance.clamp(*_LOG_VARIANCE_RANGE)
 
     def moments(self, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean ``D`` and variance ``V``, both (B, D), for ``y`` (B, D) and ``r`` () or (B,)."""
-        r = r.expand(y.shape[0])[:, None]
+        r = r.reshape(-1, 1)
         v = 1 + r * r
-        mean, log_variance = self.field(y / torch.sqrt(v), torch.log(r[:, 0]))
-        return y / v + r / torch.sqrt(v) * mean, r * r / v * torch.exp(log_variance)
+        root = torch.sqrt(v)
+        mean, log_variance = self.field(y / root, torch.log(r[:, 0]))
+        return torch.addcmul(y / v, r / root, mean), r * r / v * torch.exp(log_variance)
 
     def score(self, y: Tensor, r: Tensor) -> Tensor:
         """``∇ log p_r(y) = (D − y)/r²``, (B, D)."""
         mean, _ = self.moments(y, r)
-        return (mean - y) / r.expand(y.shape[0]).square()[:, None]
+        return (mean - y) / r.reshape(-1, 1).square()
 
     def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> Regression:
         """Compare with a target for the posterior mean: a clean point, or a better estimate; all (B, D), r (B,)."""

@@ -9,6 +9,7 @@ bit for bit like one that was never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -44,6 +45,10 @@ _CHECKPOINT_KEYS = (
     "settings", "sites", "seed", "guide", "optimiser", "rng", "rounds", "steps", "loss_sum", "seconds", "history",
     "evaluations", "schedule", "population", "seeding",
 )  # fmt: skip
+
+
+class _SeedingStopped(Exception):
+    """Ctrl-C was noticed while a population was seeded."""
 
 
 class DiffusionSampler:
@@ -123,8 +128,9 @@ class DiffusionSampler:
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Train on the model's arguments until the stopping rule or the budget ends it; resume if interrupted.
 
-        Ctrl-C stops between two steps and raises ``KeyboardInterrupt``; the sampler stays usable, and another
-        ``run`` with the same arguments goes on where it stopped.
+        Ctrl-C stops between two steps, or between two temperatures of the seeding of a population, and raises
+        ``KeyboardInterrupt``; the sampler stays usable, and another ``run`` with the same arguments goes on where it
+        stopped. An unfinished seeding begins anew.
 
         Raises:
             ModelRefusedError: the model cannot be evaluated in batches, or the arguments do not fit it.
@@ -137,9 +143,10 @@ class DiffusionSampler:
             if self.schedule.finished:
                 return
             self._pool_of_draws = None
-            with deferred_interrupt() as interrupted, self._progress() as report:
+            with deferred_interrupt() as interrupted, self._progress(interrupted) as report:
                 while not self.schedule.finished:
-                    self._step(args, kwargs, report)
+                    with contextlib.suppress(_SeedingStopped):
+                        self._step(args, kwargs, report)
                     if interrupted():
                         break
                 if not self.schedule.finished:
@@ -158,9 +165,7 @@ class DiffusionSampler:
             if self._rng is None or self._optimiser is None:  # a run that failed before training leaves no trace
                 torch.manual_seed(self.seed)
             else:
-                torch.set_rng_state(self._rng[0])
-                for device, state in zip(devices, self._rng[1:], strict=False):
-                    torch.cuda.set_rng_state(state, device)
+                self._set_rng_state(self._rng)
             self._running = True
             try:
                 yield
@@ -173,6 +178,13 @@ class DiffusionSampler:
         """The state of the generators in use."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+    @staticmethod
+    def _set_rng_state(states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        for device, state in enumerate(states[1 : count + 1]):
+            torch.cuda.set_rng_state(state, device)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._data is not None and not (
@@ -260,7 +272,8 @@ class DiffusionSampler:
         for group in optimiser.param_groups:
             group["lr"] = self._rate()
         optimiser.zero_grad()
-        loss = self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        with self._undone_if_interrupted():
+            loss = self.objective.loss_and_grads(self.model, self.guide, *args, **kwargs)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss became {loss} in round {rounds}: lower the learning rate (now "
@@ -282,7 +295,20 @@ class DiffusionSampler:
             self._save_if_asked(force=False)
 
     @contextmanager
-    def _progress(self) -> Iterator[Callable[[RoundInfo], None]]:
+    def _undone_if_interrupted(self) -> Iterator[None]:
+        """Back to the state, generators and counts before, so that what was interrupted can be done again."""
+        state, rng, counted = self.objective.state, self._rng_state(), self._density().evaluations
+        before = astuple(counted)
+        try:
+            yield
+        except (KeyboardInterrupt, _SeedingStopped):
+            self.objective.state = state
+            self._set_rng_state(rng)
+            counted.density, counted.gradient, counted.not_a_number = before
+            raise
+
+    @contextmanager
+    def _progress(self, interrupted: Callable[[], bool]) -> Iterator[Callable[[RoundInfo], None]]:
         spent = self.history[-1].density_evaluations if self.history else 0
         with tqdm(
             total=self.stopping.max_evaluations, initial=spent, unit="eval", disable=self.disable_progbar,
@@ -291,6 +317,7 @@ class DiffusionSampler:
 
             def report(info: RoundInfo) -> None:
                 bar.total = self.stopping.max_evaluations + self.objective.state.seeding
+                bar.set_description("training", refresh=False)
                 bar.set_postfix_str(
                     f"round {info.round}, γ={info.gamma:.2f}, ESS={info.ess:.2f}, k̂={info.khat:.2f}, "
                     f"log Z={info.log_evidence:.2f}±{info.log_evidence_se:.2f}",
@@ -298,7 +325,16 @@ class DiffusionSampler:
                 )
                 bar.update(info.density_evaluations - bar.n)
 
-            yield report
+            def seeding(beta: float) -> None:
+                if interrupted():
+                    raise _SeedingStopped
+                bar.set_description(f"seeding, β={beta:.2g}" if beta > 0 else "seeding, looking for modes")
+
+            self.objective.on_seeding = seeding
+            try:
+                yield report
+            finally:
+                self.objective.on_seeding = None
             if self.schedule.finished:
                 bar.total = bar.n
                 bar.refresh()
@@ -515,9 +551,7 @@ class DiffusionSampler:
         counted = Evaluations(*content["evaluations"])
         density.evaluations.density, density.evaluations.gradient = counted.density, counted.gradient
         density.evaluations.not_a_number = counted.not_a_number
-        torch.set_rng_state(content["rng"][0])
-        for device, state in enumerate(content["rng"][1:]):
-            torch.cuda.set_rng_state(state, device)
+        self._set_rng_state(content["rng"])
 
     def _check_data(self, rounds: tuple[Round, ...], density: ModelDensity) -> None:
         """The density of a few saved draws must come out as it was saved: else model or data have changed."""

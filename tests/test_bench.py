@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_sm.__main__ import main
-from pyro_sm.bench import batching, known_answers
+from pyro_sm.bench import batching, cost, known_answers
 
 
 def test_batching_measures_a_problem() -> None:
@@ -28,6 +28,26 @@ def test_batching_prints_every_problem_and_gives_the_threads_back(capsys: pytest
     assert "1 thread" in printed
     assert all(name in printed for name in batching.PROBLEMS)
     assert torch.get_num_threads() == threads
+
+
+def test_cost_measures_a_problem() -> None:
+    row = cost.measure("eight schools", 256, repeats=3, num_steps=4)
+    assert row.dim == 10
+    assert 0 < row.density < row.draw  # four network passes against a dozen multiplications
+    assert row.weighted > 0.5e-6 * 256 * row.draw  # draws are most of it
+    assert min(row.score, row.point) > 0
+    longer = cost.measure("eight schools", 256, repeats=3, num_steps=24)
+    assert longer.draw > 2 * row.draw
+
+
+def test_cost_prints_every_problem_and_gives_threads_and_dtype_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads(), torch.get_default_dtype()
+    command = ["bench", "cost", "--draws", "16", "--kernels", "2", "--repeats", "1", "--dtype", "float64"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "float64, 1 thread" in printed
+    assert all(name in printed for name in cost.PROBLEMS)
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == before
 
 
 def test_known_answers_are_written_as_they_come_and_not_repeated(

@@ -10,6 +10,8 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from pyro_sm.denoiser import Denoiser
 from pyro_sm.density import value_and_score
+from pyro_sm.divergence import Exact
+from pyro_sm.nn import mlp
 from pyro_sm.nn.mlp import MLP, NoiseEmbedding
 
 exact = {"rtol": 1e-10, "atol": 1e-12}
@@ -222,6 +224,73 @@ def test_rows_are_independent_and_know_noise_and_context():
     assert float((network(x, c, context + 1) - whole).abs().min(1).values.max()) > 1e-4
     one = network(x, c, context[0])
     torch.testing.assert_close(one, network(x, c, context[:1].expand(6, -1)), **exact)
+
+
+@pytest.mark.parametrize("context_shape", [None, (3,), (1, 3), (9, 3)])
+def test_one_level_for_all_rows_is_that_level_in_each(context_shape):
+    network = random_network(2, context_dim=0 if context_shape is None else 3).requires_grad_(True)
+    context = None if context_shape is None else torch.randn(*context_shape, dtype=torch.float64)
+    x, c = torch.randn(9, 2, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    results = []
+    for level in (c[:1], c[:1].expand(9)):
+        found = network(x, level, context)
+        results.append((found, *torch.autograd.grad(found.square().sum(), list(network.parameters()))))
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(one, many, **exact)
+    # Wrong where rows have levels of their own: only the row whose level was taken is right.
+    difference = (network(x, c, context) - results[0][0]).detach().abs().amax(1)
+    assert float(difference[0]) < 1e-10
+    assert float(difference[1:].max()) > 1e-3
+
+
+def test_one_level_is_modulated_once():
+    network = random_network(2)
+    rows = []
+    for modulation in network.modulation:
+        modulation.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[0]))
+    y, r = batch()
+    denoiser = Denoiser(network)
+    denoiser.moments(y, r[0])
+    denoiser.score(y, r[0])
+    assert rows == [1, 1]
+    denoiser.moments(y, r)
+    denoiser.regression(y, y, r)
+    assert rows == [1, 1, 9, 9]
+
+
+@pytest.mark.parametrize("one_level", [True, False])
+@pytest.mark.parametrize("context_shape", [None, (3,), (9, 3)])
+def test_pieces_of_rows_are_the_whole(monkeypatch, one_level, context_shape):
+    network = random_network(2, context_dim=0 if context_shape is None else 3).requires_grad_(True)
+    context = None if context_shape is None else torch.randn(*context_shape, dtype=torch.float64)
+    x, c = torch.randn(9, 2, dtype=torch.float64), torch.randn(1 if one_level else 9, dtype=torch.float64)
+    results = []
+    for size in (9, 4, 1):
+        monkeypatch.setattr(mlp, "_ROWS_IN_CACHE", size)
+        found = network(x, c, context)
+        results.append((found, *torch.autograd.grad(found.square().sum(), list(network.parameters()))))
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found, expected, **exact)
+    if not one_level:
+        # Wrong: the levels of the first piece for the rows of the second.
+        monkeypatch.setattr(mlp, "_ROWS_IN_CACHE", 9)
+        wrong = network(x[4:8], c[:4], None if context is None else context.expand(9, 3)[:4])
+        assert float((wrong - results[0][0][4:8]).detach().abs().max()) > 1e-3
+
+
+def test_one_level_and_pieces_under_forward_mode_products(monkeypatch):
+    """As the probability flow uses the network: ``vmap`` over ``jvp``."""
+    network = random_network(3)
+    x = torch.randn(7, 3, dtype=torch.float64)
+    level = torch.tensor([0.2], dtype=torch.float64)
+    divergence = Exact()
+    jacobians = [torch.autograd.functional.jacobian(lambda at: network(at[None], level)[0, :3], row) for row in x]
+    for size in (7, 3):
+        monkeypatch.setattr(mlp, "_ROWS_IN_CACHE", size)
+        value, trace = divergence(lambda at: network(at, level)[:, :3], x, divergence.probes(x))
+        torch.testing.assert_close(value, network(x, level)[:, :3], **exact)
+        torch.testing.assert_close(trace, torch.stack([j.trace() for j in jacobians]), **exact)
 
 
 def test_the_denoiser_hands_its_context_down():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def exact(count):
 
 def settings(count=64, **changes):
     smc = TemperedSMC(num_particles=count, num_moves=2)
-    return Population(num_particles=count, seeding=smc, **{"min_dim": 1, **changes})
+    return Population(num_particles=count, seeding=smc, **{"min_khat": -math.inf, **changes})
 
 
 def untrained():
@@ -135,8 +136,8 @@ def sampler(population, budget=3000, **changes):
     )  # fmt: skip
 
 
-def test_large_models_have_one_and_others_do_not():
-    for population, expected in ((settings(), True), (settings(min_dim=3), False), (None, False)):
+def test_weights_beyond_use_bring_one_and_others_do_not():
+    for population, expected in ((settings(), True), (settings(min_khat=math.inf), False), (None, False)):
         run = sampler(population)
         run.run()
         assert (run.objective.state.population is not None) is expected
@@ -184,11 +185,93 @@ def test_a_saved_run_goes_on_bit_for_bit(tmp_path):
     assert torch.equal(rest.objective.state.population.z, whole.objective.state.population.z)
 
 
+def test_the_rule_follows_the_tail_of_the_first_weights():
+    torch.manual_seed(3)
+    population = Population()
+    spread = torch.randn(2048)
+    assert population.needed(40 * spread)
+    assert population.needed(torch.where(torch.arange(2048) < 3, spread, -math.inf))
+    # Heavy tails that are worth weighting: a few effective draws say little, k̂ says enough.
+    assert not population.needed(2 * spread)
+    assert not population.needed(torch.zeros(2048))
+    assert settings().needed(torch.zeros(2048))
+
+
+def test_only_the_first_round_decides():
+    run = sampler(settings(min_khat=math.inf), budget=1500)
+    run.run()
+    run.objective.population = settings()
+    assert run.objective.state.population is None
+    run.stopping = StoppingRule(max_evaluations=3000)
+    run.run()
+    assert run.objective.state.population is None
+    run.guide.release()
+
+
+def test_progress_of_the_seeding_is_told():
+    torch.manual_seed(4)
+    told = []
+    settings(256).seeded(untrained(), FunctionDensity(log_prob, 2), told.append)
+    assert told[0] == 0
+    assert told == sorted(told)
+    assert told[-1] == 1
+
+
+def test_the_bar_shows_the_seeding(capsys):
+    run = sampler(settings())
+    run.disable_progbar = False
+    run.run()
+    shown = capsys.readouterr().err
+    assert "seeding, looking for modes" in shown
+    assert "seeding, β=1:" in shown
+    assert "training:" in shown
+    assert run.objective.on_seeding is None
+    run.guide.release()
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_interrupting_the_seeding_leaves_a_state_to_go_on_from(tmp_path, monkeypatch, presses):
+    """Once: noticed at the next temperature. Twice: at once, from the middle of it."""
+    path = tmp_path / "run.ckpt"
+    whole = sampler(settings())
+    whole.run()
+    whole.guide.release()
+    part = sampler(settings())
+    seeded = Population.seeded
+
+    def interrupted(self, process, density, progress=None):
+        def press(beta):
+            if beta > 0:
+                for _ in range(presses):
+                    signal.raise_signal(signal.SIGINT)
+            progress(beta)
+
+        return seeded(self, process, density, press)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Population, "seeded", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            part.run()
+    assert part.objective.state.population is None
+    assert not part.history
+    part.save(path)
+    part.run()
+    part.guide.release()
+    rest = sampler(settings())
+    rest.load(path)
+    rest.run()
+    for run in (part, rest):
+        assert [tuple(a)[:8] for a in run.history[1:]] == [tuple(a)[:8] for a in whole.history[1:]]
+        assert torch.equal(run.objective.state.population.z, whole.objective.state.population.z)
+        assert run.objective.state.seeding == whole.objective.state.seeding
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: Population(num_moves=0), "positive counts"),
         (lambda: Population(min_gamma=1.5), "min_gamma"),
+        (lambda: Population(min_khat=math.nan), "min_khat"),
         (lambda: Population(num_particles=100), "as many particles"),
     ],
 )

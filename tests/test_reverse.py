@@ -9,8 +9,10 @@ from test_denoiser import Mixture, gauss_hermite, random_network, two_modes, zer
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_sm.denoiser import Denoiser
+from pyro_sm.nn import mlp
 from pyro_sm.noise import VE, VP, ratio_levels
 from pyro_sm.sampling.diffusion import Diffusion
+from pyro_sm.sampling.levels import fit_levels
 from pyro_sm.sampling.reverse import Kernels, fit_kernels, gaussian_kernels, path_log_ratio, sample_paths
 
 exact = {"rtol": 1e-10, "atol": 1e-10}
@@ -148,6 +150,36 @@ def test_paths_and_ratios_by_a_second_route(dim):
         assert float((other - log_ratio).abs().mean()) > 1e-2, wrong
 
 
+def test_paths_do_not_depend_on_how_many_rows_the_network_takes_at_once(monkeypatch):
+    kernels = fitted_kernels(levels())
+    denoiser = Denoiser(random_network(2))
+    noise = normal(8, 30, 2)
+    whole = sample_paths(denoiser, kernels, noise)
+    u = normal(30, 2)
+    given = path_log_ratio(denoiser, kernels, u, noise[1:])
+    monkeypatch.setattr(mlp, "_ROWS_IN_CACHE", 7)
+    for found, expected in zip(sample_paths(denoiser, kernels, noise), whole, strict=True):
+        torch.testing.assert_close(found, expected, **exact)
+    torch.testing.assert_close(path_log_ratio(denoiser, kernels, u, noise[1:]), given, **exact)
+
+
+def test_every_row_of_a_path_shares_its_level():
+    seen = []
+
+    def network(x, c, context):
+        seen.append(c)
+        return torch.zeros(x.shape[0], 2 * x.shape[1], dtype=x.dtype)
+
+    kernels = gaussian_kernels(levels(), 2)
+    noise = normal(8, 30, 2)
+    sample_paths(Denoiser(network), kernels, noise)
+    expected = (0.25 * kernels.ratios[1:].log())[:, None]
+    torch.testing.assert_close(torch.stack(seen), expected.flip(0), **exact)
+    seen.clear()
+    path_log_ratio(Denoiser(network), kernels, normal(30, 2), noise[1:])
+    torch.testing.assert_close(torch.stack(seen), expected, **exact)
+
+
 def test_the_schedules_are_one():
     noise = normal(8, 20, 2)
     denoiser = Denoiser(random_network(2))
@@ -229,8 +261,9 @@ def test_latent_fits_are_whitened_fits():
     torch.manual_seed(2)
     found = process.fit(z)
     torch.manual_seed(2)
-    u = torch.linalg.solve(TRIL, (z - LOC).T).T
-    expected = fit_kernels(process.denoiser, process.kernels, u, normal(30, 2))
+    u, noise = torch.linalg.solve(TRIL, (z - LOC).T).T, normal(30, 2)
+    ratios = fit_levels(process.denoiser, process.kernels.ratios, u, noise)
+    expected = fit_kernels(process.denoiser, process.kernels._replace(ratios=ratios), u, noise)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 

@@ -493,3 +493,27 @@ def test_only_the_network_is_trained():
         assert loss.dtype == torch.float64
         grads = torch.autograd.grad(loss.mean(), list(network.parameters()))
         assert all(bool(torch.isfinite(g).all()) for g in itertools.chain(grads))
+
+
+def test_the_scores_of_the_draws_take_the_noise_out_of_the_gradients():
+    """Two independent batches give nearly the same gradient; without the scores they do not."""
+    law = MultivariateNormal(torch.zeros(2).double(), torch.tensor([[0.5, 0.4], [0.4, 0.6]]).double())
+    spread = {}
+    for needs_score in (True, False):
+        weighting = PathWeights(target_score=needs_score)
+        gradients = []
+        for seed in range(20):
+            torch.manual_seed(seed)
+            z = law.sample((4000,))
+            score = -z @ law.precision_matrix if weighting.needs_score else None
+            log_p = law.log_prob(z)
+            draws = Draws(z, log_p, torch.zeros_like(log_p), score)
+            buffer = Buffer((Round(draws, torch.full_like(log_p, 1 / 4000), 1.0, 4000),))
+            network = zero_network(2).requires_grad_(True)
+            kernels = gaussian_kernels(ratio_levels(VE(), 8, dtype=torch.float64, device=z.device), 2)
+            process = Diffusion(Denoiser(network), kernels, torch.zeros(2).double(), torch.eye(2).double())
+            noise = draw_step_noise(process.ratios, 256, 2, 0)
+            weighting.loss(process, None, None, buffer, noise).mean().backward()
+            gradients.append(network.last.bias.grad)
+        spread[needs_score] = float(torch.stack(gradients)[:, :2].var(0).sum())
+    assert spread[True] < 0.1 * spread[False]

@@ -9,8 +9,8 @@ import torch
 from pyro_sm.corrections.moves import HamiltonianMove
 from pyro_sm.corrections.tempered import TemperedSMC
 from pyro_sm.density import FunctionDensity, GaussianDensity, value_and_score
+from pyro_sm.mean_free import MeanFree, helmert
 from pyro_sm.targets import DoubleWellParticles, LennardJones
-from pyro_sm.targets.mean_free import MeanFree, helmert
 
 pytestmark = pytest.mark.usefixtures("float64")
 SYSTEMS = {"dw4": DoubleWellParticles, "lj13": LennardJones, "lj55": lambda: LennardJones(55)}

@@ -117,15 +117,14 @@ figure.savefig(FIGURES / "modes-120.png", dpi=120)
 # others were *not* received says something too. Reflections are left open: eight configurations, each a thin curved
 # shell in eight dimensions. Of thousands of draws of a covering Gaussian one or two have any weight, so there is
 # nothing for the weights to teach. Here the sampler learns from a *population*: particles seeded by tempered
-# sequential Monte Carlo, moved in every round, and corrected by exchange with the sampler's own draws. It is the
-# default above ten latents; below, ask for it.
+# sequential Monte Carlo, moved in every round, and corrected by exchange with the sampler's own draws. It is there by
+# itself where the first round's weights have a Pareto k̂ beyond all use, as here.
 
 # %%
 network = SensorNetwork()
 sampler = pyro_sm.DiffusionSampler(
     factor_model(network.log_prob, network.dim),
     base=pyro_sm.GivenBase(network.start.loc, network.start.scale),
-    objective=pyro_sm.ImportanceWeightedScoreMatching(population=pyro_sm.Population(min_dim=1)),
     stopping=pyro_sm.StoppingRule(max_evaluations=120_000),
     disable_progbar=True,
 )

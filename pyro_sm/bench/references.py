@@ -29,8 +29,8 @@ import pyro_sm
 from pyro_sm.corrections import HamiltonianMove, ParallelTempering, Power, TemperedChains
 from pyro_sm.corrections.mixing import effective_draws, split_rhat
 from pyro_sm.density import FunctionDensity, GaussianDensity
+from pyro_sm.mean_free import MeanFree
 from pyro_sm.targets import DoubleWellParticles, LennardJones
-from pyro_sm.targets.mean_free import MeanFree
 
 Particles = DoubleWellParticles | LennardJones
 

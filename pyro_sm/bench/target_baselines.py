@@ -37,6 +37,11 @@ class UnitWeights:
 
     num_inner: int = 16
 
+    @property
+    def needs_score(self) -> bool:
+        """No: the inner draws have theirs."""
+        return False
+
     def defence(self, density: Density) -> Defence:
         """As the weighted form has it."""
         return WideComponent()

@@ -7,8 +7,8 @@ denoiser (``sampling/flow.py``). Before training it is its Gaussian base ``N(m, 
 
 All parameters live in the param store under the guide's name, so that ``param_store.save`` and ``load`` carry them:
 ``network_weights`` (the whole network as one vector: one store access per call), ``base_loc``, ``base_scale_tril``,
-``start_loc``, ``log_start_scale`` and ``log_variance_factor``. A reverse-KL objective (``Trace_ELBO``) trains all of
-them by gradient; score matching trains the network, and refits the last three by moments.
+``start_loc``, ``log_start_scale``, ``log_variance_factor`` and ``ratios``. A reverse-KL objective (``Trace_ELBO``)
+trains all but the last by gradient; score matching trains the network, and refits the last four.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ _PARAMETERS = (
     "start_loc",
     "log_start_scale",
     "log_variance_factor",
+    "ratios",
 )
 # Which guide a store entry belongs to: Pyro hands a second guide of the same name the first one's tensors silently.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -90,7 +91,7 @@ class AutoDiffusion(AutoContinuous):
         model: a Pyro model.
         base: how to choose the Gaussian base; the prior's robust moments by default, which covers every mode.
         noise: noise schedule in whitened space.
-        num_steps: K, reverse kernels per draw.
+        num_steps: K, reverse kernels per draw; where they stand is fitted (``sampling/levels.py``).
         architecture: the network, built as soon as the number of latents is known.
         context: maps the model's ``*args, **kwargs`` to a context vector (C,) that the network is given.
         solver: tolerances of the probability flow, for ``get_posterior().log_prob`` of foreign values.
@@ -213,7 +214,8 @@ class AutoDiffusion(AutoContinuous):
         dim = loc.shape[0]
         network = self._build(dim, context_dim)
         weights = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
-        kernels = gaussian_kernels(self._ratios(loc), dim)
+        ratios = ratio_levels(self.noise, self.num_steps, dtype=loc.dtype, device=loc.device)
+        kernels = gaussian_kernels(ratios, dim)
         self._register(
             {
                 "network_weights": weights.to(loc),
@@ -222,6 +224,7 @@ class AutoDiffusion(AutoContinuous):
                 "start_loc": kernels.start_loc,
                 "log_start_scale": kernels.start_scale.log(),
                 "log_variance_factor": kernels.variance_factor.log(),
+                "ratios": kernels.ratios,
             }
         )
 
@@ -292,9 +295,6 @@ class AutoDiffusion(AutoContinuous):
     def _context(self, args: Args, kwargs: Kwargs) -> Tensor | None:
         return None if self.context is None else self.context(*args, **kwargs)
 
-    def _ratios(self, like: Tensor) -> Tensor:
-        return ratio_levels(self.noise, self.num_steps, dtype=like.dtype, device=like.device)
-
     def _network(self, weights: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """The network as a function of its input alone: weights are fetched once, not once per layer and step."""
         if self._skeleton is None:
@@ -316,7 +316,7 @@ class AutoDiffusion(AutoContinuous):
             raise ValueError("call the guide (or setup) once, with the model's arguments, before using its sampler")
         base_loc = self.base_loc
         kernels = Kernels(
-            self._ratios(base_loc),
+            self.ratios.detach(),  # their order must hold, and gradients do not know that
             self.log_variance_factor.exp(),
             self.start_loc,
             self.log_start_scale.exp(),
@@ -349,12 +349,13 @@ class AutoDiffusion(AutoContinuous):
 
     @pyro_method
     def refit(self, z: Tensor, args: Args = (), kwargs: Kwargs | None = None) -> None:
-        """Refit variance factors and start by moments of equally weighted latents ``z`` (N, D)."""
+        """Refit levels, variance factors and start to equally weighted latents ``z`` (N, D)."""
         with torch.no_grad():
             kernels = self.diffusion(args, kwargs).fit(z)
             self.start_loc.copy_(kernels.start_loc)
             self.log_start_scale.copy_(kernels.start_scale.log())
             self.log_variance_factor.copy_(kernels.variance_factor.log())
+            self.ratios.copy_(kernels.ratios)
 
     def draw_weighted(
         self,

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""A residual multilayer perceptron that knows the noise level and, if there is one, a context.
 
-``(x, c, context)``: x (B, D) scaled to unit size, c (B,) a quarter of the log noise-to-signal ratio, context (B, C)
-or None; returns (B, O). The last layer starts at zero, so the untrained network returns zero everywhere.
+``(x, c, context)``: x (B, D) scaled to unit size; c (B,) a quarter of the log noise-to-signal ratio, or (1,) where
+all rows share one; context (B, C), or (C,) where all rows share one, or None; returns (B, O). The last layer starts
+at zero, so the untrained network returns zero everywhere.
+
+Only ``h ↦ h + W silu(h (1 + scale) + shift)`` knows the point. Where all rows share level and context, as they do in
+every step of a sampler, scale and shift are one row: half of the work is saved.
 
 Source: "Elucidating the Design Space of Diffusion-Based Generative Models" https://arxiv.org/abs/2206.00364
 (the noise embedding and scaling of the input).
@@ -10,12 +14,17 @@ Source: "Elucidating the Design Space of Diffusion-Based Generative Models" http
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+# So many rows at a time: their activations stay in the cache of a core, and calls are still few enough not to count.
+_ROWS_IN_CACHE = 2048
 
 
 class NoiseEmbedding(nn.Module):
@@ -75,20 +84,36 @@ class ResidualMLP(nn.Module):
         if self.context_dim:
             if context is None:
                 raise ValueError(f"expected a context of size {self.context_dim}, found none")
-            features = torch.cat([features, context.expand(x.shape[0], -1)], -1)
+            rows = torch.broadcast_shapes(features.shape[:1], context.shape[:-1])
+            features = torch.cat([features.expand(*rows, -1), context.expand(*rows, -1)], -1)
         condition = self.condition(features)
+        levels = [self.skip(condition), *(modulation(condition) for modulation in self.modulation)]
+        # An accelerator wants all rows at once.
+        if x.device.type != "cpu" or x.shape[0] <= _ROWS_IN_CACHE:
+            return self._trunk(x, levels)
+        pieces = [level.split(_ROWS_IN_CACHE) if level.shape[0] > 1 else itertools.repeat(level) for level in levels]
+        return torch.cat([self._trunk(rows, at) for rows, *at in zip(x.split(_ROWS_IN_CACHE), *pieces, strict=False)])
+
+    def _trunk(self, x: Tensor, levels: Sequence[Tensor]) -> Tensor:
+        """What knows the point: ``x`` (B, D) to (B, O).
+
+        ``levels``: what is added to the result (B, O), then scale and shift of each block (B, 2 width); or one row.
+        """
         h = self.first(x)
-        for modulation, hidden in zip(self.modulation, self.hidden, strict=True):
-            scale, shift = modulation(condition).chunk(2, -1)
-            h = h + hidden(torch.nn.functional.silu(h * (1 + scale) + shift))
-        return self.last(torch.nn.functional.silu(h)) + self.skip(condition)
+        for level, hidden in zip(levels[1:], self.hidden, strict=True):
+            scale, shift = level.chunk(2, -1)
+            h = h + hidden(torch.nn.functional.silu(torch.addcmul(shift, h, 1 + scale)))
+        return self.last(torch.nn.functional.silu(h)) + levels[0]
 
 
 class Architecture(Protocol):
     """A choice of network, before the sizes are known."""
 
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
-        """A module ``(x (B, dim), c (B,), context (B, context_dim) or None) -> (B, out_dim)``, zero at the start."""
+        """A module ``(x (B, dim), c (B,) or (1,), context or None) -> (B, out_dim)``, zero at the start.
+
+        ``c`` (1,) is one noise level for all rows; the context is (B, context_dim), or (context_dim,) for all rows.
+        """
         ...
 
 

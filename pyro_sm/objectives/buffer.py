@@ -86,6 +86,12 @@ class Buffer(NamedTuple):
         """All latents (M, D)."""
         return torch.cat([r.draws.z for r in self.rounds])
 
+    def scores(self) -> Tensor:
+        """Scores at all latents (M, D); NaN where a round has none."""
+        return torch.cat(
+            [torch.full_like(r.draws.z, math.nan) if r.draws.score is None else r.draws.score for r in self.rounds]
+        )
+
     def weights(self) -> Tensor:
         """Training weights (M,), summing to 1."""
         weight = torch.cat([r.weight for r in self.rounds])

@@ -68,12 +68,14 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         buffer_rounds: rounds kept for replay.
         steps_per_round: optimiser steps between rounds.
         batch_size: noised points per step.
-        population: the particles that teach the sampler in more than ten dimensions (default), or None to go without
-            them. Not used by ``MarginalWeights``.
+        population: the particles that teach the sampler where the first round's weights leave nothing to learn from
+            (see :class:`~pyro_sm.Population`), or None to go without them. Not used by ``MarginalWeights``.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Attributes:
         state: the :class:`TrainingState`; replaced, never mutated.
+        on_seeding: None, or told of every inverse temperature β that is reached while a population is seeded. What it
+            raises ends the step, with ``state`` as it was before.
 
     Raises:
         TypeError: the guide is not a diffusion guide (at the first call).
@@ -113,6 +115,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         self.batch_size = batch_size
         self.population = population if self.weighting.num_inner == 0 else None
         self.state = TrainingState()
+        self.on_seeding: Callable[[float], None] | None = None
         self._bound: tuple[object, Density] | None = None
 
     @property
@@ -145,7 +148,9 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     def _collect(self, guide: DiffusionGuide, density: Density, args: Args, kwargs: Kwargs) -> Round:
         with torch.no_grad(), poutine.block():
             process = guide.diffusion(args, kwargs)
-            draws, num_guide = draw_defensively(process, density, self.defence(density), self.num_particles)
+            draws, num_guide = draw_defensively(
+                process, density, self.defence(density), self.num_particles, with_score=self.weighting.needs_score
+            )
             return damped_round(draws, num_guide, self.effective_share)
 
     def refit(self, guide: DiffusionGuide, args: Args, kwargs: Kwargs) -> None:
@@ -159,16 +164,16 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     def _populate(
         self, guide: DiffusionGuide, new: Round, density: Density, args: Args, kwargs: Kwargs
     ) -> Particles | None:
-        """The population after this round, if the model is large enough for one."""
-        settings = self.population
-        if settings is None or density.dim < settings.min_dim:
+        """The population after this round; the first round decides whether there is one."""
+        settings, particles = self.population, self.state.population
+        first = not self.state.buffer.rounds
+        if settings is None or (particles is None and not (first and settings.needed(new.draws.log_weight))):
             return None
         with torch.no_grad(), poutine.block():
             process = guide.diffusion(args, kwargs)
-            particles = self.state.population
             if particles is None:
                 before = density.evaluations.density
-                particles = settings.seeded(process, density)
+                particles = settings.seeded(process, density, self.on_seeding)
                 self.state = self.state._replace(seeding=self.state.seeding + density.evaluations.density - before)
                 return particles
             share = 1 - new.num_guide / len(new.draws.z)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""A population of particles beside the sampler's own draws, for latent spaces too large for weights alone.
+r"""A population of particles beside the sampler's own draws, for targets that weights alone cannot find.
 
-In more than ten dimensions or so the weights of an untrained sampler rest on a few draws. Damped, they still teach
-it; but ``w^γ`` counts a mode by its typical weights, and the mode the sampler knows less well has the lower ones: it
-is taught less, and is lost, with weights that look good in the end. So the training data come from elsewhere:
+Where the weights of an untrained sampler rest on a few draws, damped ones still teach it; but ``w^γ`` counts a mode
+by its typical weights, and the mode the sampler knows less well has the lower ones: it is taught less, and is lost,
+with weights that look good in the end. So the training data come from elsewhere:
 
-1. *Seeding.* Tempered sequential Monte Carlo from the prior (or the base) leaves M particles that are draws of the
-   target, nearly; their shares of the modes are as good as resampling left them.
+1. *Seeding.* Tempered sequential Monte Carlo from the prior (or the base), mixed with normal laws at the modes if a
+   search can list them, leaves M particles that are draws of the target, nearly; their shares of the modes are as
+   good as resampling left them.
 2. *Exchange.* In every round each particle is offered one of the round's weighted draws, and takes it with
    probability ``min(1, w'/w)``: independent Metropolis on path space, where ``w`` of a particle is that of a freshly
    noised path from it. This is exact whatever the sampler; when it fits, shares are corrected, without any damping.
@@ -20,6 +21,8 @@ augmented with normalizing flows" https://arxiv.org/abs/2105.12603 .
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,11 +31,13 @@ from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
 from pyro_sm.corrections.annealing_path import PriorStart, Start, width
+from pyro_sm.corrections.mode_search import ModeSearch
 from pyro_sm.corrections.moves import Chains, HamiltonianMove
 from pyro_sm.corrections.tempered import TemperedSMC
 from pyro_sm.density import GaussianDensity
 from pyro_sm.objectives.buffer import Round
 from pyro_sm.sampling.defensive import Defence, mixture_log_weight
+from pyro_sm.weights import pareto_smooth
 
 
 class Particles(NamedTuple):
@@ -53,23 +58,32 @@ class Population:
         num_moves: moves of every particle in every round; each costs M evaluations per leapfrog step.
         move: how to move.
         seeding: the tempered sampler that makes the first particles; its own number of particles is M.
-        min_dim: models with fewer latents go without a population.
+        modes: the search that adds modes to the start of the seeding, or None to go without it.
+        min_khat: a fit has a population if the Pareto shape k̂ of its first round's weights is at least this; ``-inf``
+            for always. k̂ says how far the weights are from having a mean; unlike the effective sample size of a round
+            without a usable draw, it varies little from seed to seed.
         min_gamma: rounds with a damping exponent below this do not join the training data.
 
     Raises:
-        ValueError: a count that is not positive, or ``min_gamma`` outside [0, 1].
+        ValueError: a count that is not positive, ``min_khat`` NaN, ``min_gamma`` outside [0, 1], or a seeding with
+            another number of particles.
     """
 
     num_particles: int = 2048
     num_moves: int = 1
     move: HamiltonianMove = field(default_factory=HamiltonianMove)
-    seeding: TemperedSMC = field(default_factory=lambda: TemperedSMC(num_particles=2048, num_moves=10))
-    min_dim: int = 11
+    seeding: TemperedSMC = field(
+        default_factory=lambda: TemperedSMC(num_particles=2048, num_moves=5, effective_share=0.7)
+    )
+    modes: ModeSearch | None = field(default_factory=ModeSearch)
+    min_khat: float = 8.0
     min_gamma: float = 0.7
 
     def __post_init__(self) -> None:
-        if min(self.num_particles, self.num_moves, self.min_dim) < 1:
+        if min(self.num_particles, self.num_moves) < 1:
             raise ValueError("expected positive counts")
+        if math.isnan(self.min_khat):
+            raise ValueError("expected min_khat to be a number, found NaN")
         if not 0 <= self.min_gamma <= 1:
             raise ValueError(f"expected min_gamma in [0, 1], found {self.min_gamma}")
         if self.seeding.num_particles != self.num_particles:
@@ -83,13 +97,29 @@ class Population:
         """Density and gradient evaluations of the moves of one round."""
         return self.num_particles * self.num_moves * self.move.num_leapfrog
 
-    def seeded(self, process: DiffusionProcess, density: Density) -> Particles:
+    def needed(self, log_weight: Tensor) -> bool:
+        """Whether weights (N,), nats, of the first round leave so little that the particles must teach."""
+        return pareto_smooth(log_weight).khat >= self.min_khat
+
+    def seeded(
+        self, process: DiffusionProcess, density: Density, progress: Callable[[float], None] | None = None
+    ) -> Particles:
         """The first particles, by tempered sequential Monte Carlo from the prior, or from the base if there is none.
+
+        ``progress`` is told of every β reached, and of 0 while modes are sought; it may raise to stop.
 
         Raises:
             ValueError: the density is finite at none of the first particles, or cannot be reached.
         """
-        found = self.seeding.run(density, _start(process, density))
+
+        def tell(beta: float) -> None:
+            if progress is not None:
+                progress(beta)
+
+        start = _start(process, density)
+        if self.modes is not None:
+            start = self.modes.run(density, start, progress=lambda: tell(0.0))
+        found = self.seeding.run(density, start, progress=lambda temperature: tell(temperature.beta))
         step = torch.as_tensor(found.history[-1].step_size, dtype=found.z.dtype, device=found.z.device)
         return Particles(found.z, found.log_p, found.score, step)
 
@@ -140,7 +170,7 @@ class Population:
 def as_round(particles: Particles) -> Round:
     """The population as a round of equally weighted draws, none of them the guide's."""
     count = len(particles.z)
-    draws = Draws(particles.z, particles.log_p, torch.zeros_like(particles.log_p))
+    draws = Draws(particles.z, particles.log_p, torch.zeros_like(particles.log_p), particles.score)
     return Round(draws, torch.full_like(particles.log_p, 1 / count), 1.0, 0)
 
 

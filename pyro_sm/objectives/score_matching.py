@@ -5,7 +5,8 @@ Both train a denoiser on noised points ``y = u + r ε`` in whitened space; both 
 although no draw of the target exists.
 
 * :class:`PathWeights` — the clean points are draws ``u_i`` of the sampler, picked in proportion to their damped path
-  weight; the target is the clean point itself (denoising). One density evaluation per draw, none per step.
+  weight; the target is the clean point itself (denoising), moved by a control variate made of the density's score
+  there (:mod:`pyro_sm.objectives.target_score`). One density and gradient per draw, none per step.
 * :class:`MarginalWeights` — the paper's form. With inner draws ``u_k = y + r ε_k``, k = 1..K,
 
       ``log p̂ = logsumexp_k log p̃(u_k) − log K``,   ``Ŝ = Σ_k softmax_k(log p̃(u_k)) ∇ log p̃(u_k)``,
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess
 from pyro_sm.objectives.buffer import Buffer
+from pyro_sm.objectives.target_score import fit_blend
 from pyro_sm.sampling.defensive import Defence, WideComponent, default_defence
 
 # The variance head learns from the same residuals; half weight keeps the mean, which matters more, in front.
@@ -55,6 +57,11 @@ class Weighting(Protocol):
     @property
     def num_inner(self) -> int:
         """K, inner density evaluations per row and step."""
+        ...
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether a round's draws need the density's score as well."""
         ...
 
     def defence(self, density: Density) -> Defence:
@@ -92,27 +99,47 @@ def draw_step_noise(ratios: Tensor, batch_size: int, dim: int, num_inner: int) -
     )
 
 
-def denoising_loss(process: DiffusionProcess, u: Tensor, r: Tensor, noise: Tensor) -> Tensor:
+def denoising_loss(
+    process: DiffusionProcess, u: Tensor, r: Tensor, noise: Tensor, shift: Tensor | float = 0.0
+) -> Tensor:
     """Regression loss per row (B,), less that of an untrained network on the very same row.
 
-    ``mean_d [e² − F*² + ½ · ½(h + e² exp(−h) − F*²)]`` against clean points ``u`` (B, D); ``e²`` in the second term
-    is fixed. What is subtracted does not depend on the network: gradients are those of the plain loss, but the
-    number is 0 for an untrained guide, negative once it has learned something, and free of most of the noise.
+    ``mean_d [e² − F*² + ½ · ½(h + ê² exp(−h) − F̂²)]`` against clean points ``u`` (B, D), for the mean moved by a
+    ``shift`` (B, D) that makes them a better estimate of it; ``ê`` and ``F̂``, in the term of the variance, are ``e``
+    and ``F*`` of the clean points themselves, and fixed. What is subtracted does not depend on the network: gradients
+    are those of the plain loss, but the number is 0 for an untrained guide, negative once it has learned something,
+    and free of most of the noise.
     """
-    error, log_variance, target = process.regression(u, u + r[:, None] * noise, r)
-    square, start = error.square(), target.square()
-    variance_term = 0.5 * (log_variance + square.detach() * torch.exp(-log_variance) - start)
-    return (square - start + _VARIANCE_WEIGHT * variance_term).mean(-1)
+    error, log_variance, target = process.regression(u + shift, u + r[:, None] * noise, r)
+    moved = shift * torch.sqrt(1 + r[:, None].square()) / r[:, None]
+    residual = (error.detach() + moved).square()
+    variance_term = 0.5 * (log_variance + residual * torch.exp(-log_variance) - (target - moved).square())
+    return (error.square() - target.square() + _VARIANCE_WEIGHT * variance_term).mean(-1)
 
 
 @dataclass(frozen=True)
 class PathWeights:
-    """Denoising score matching on draws picked by their damped path weights ``w^γ`` (the default)."""
+    """Denoising score matching on draws picked by their damped path weights ``w^γ`` (the default).
+
+    The density's score takes the noise out of the regression target (:mod:`pyro_sm.objectives.target_score`). While
+    weights are damped, the draws' law is not yet the density's, and its score points ahead of them: to where the next
+    rounds will be.
+
+    Args:
+        target_score: whether to use it; without, a round costs densities and no gradients.
+    """
+
+    target_score: bool = True
 
     @property
     def num_inner(self) -> int:
         """None: the density is evaluated once per draw, not per step."""
         return 0
+
+    @property
+    def needs_score(self) -> bool:
+        """As was asked for."""
+        return self.target_score
 
     def defence(self, density: Density) -> Defence:
         """The prior where the model has one, else the widened base."""
@@ -129,8 +156,15 @@ class PathWeights:
         """Denoising loss of rows picked by weight."""
         # Without grad: a base wider than the draws would lower the loss and teach the network nothing.
         with torch.no_grad():
-            u = process.to_white(buffer.latents()[buffer.pick(buffer.weights(), step.pick)])
-        return denoising_loss(process, u, step.level, step.noise)
+            weight = buffer.weights()
+            index = buffer.pick(weight, step.pick)
+            u = process.to_white(buffer.latents()[index])
+            shift: Tensor | float = 0.0
+            if self.target_score:
+                score = process.white_score(buffer.scores())
+                blend = fit_blend(score, weight)
+                shift = 0.0 if blend is None else blend.shift(score[index], step.level, step.noise)
+        return denoising_loss(process, u, step.level, step.noise, shift)
 
 
 class MarginalEstimate(NamedTuple):
@@ -193,6 +227,11 @@ class MarginalWeights:
     def __post_init__(self) -> None:
         if self.num_inner < 1 or self.max_kernels < 1:
             raise ValueError(f"expected positive counts, found {self.num_inner} and {self.max_kernels}")
+
+    @property
+    def needs_score(self) -> bool:
+        """No: the inner draws have theirs."""
+        return False
 
     def defence(self, density: Density) -> Defence:
         """The widened base: its noised density is known, the prior's is not."""

@@ -134,9 +134,9 @@ def mixture_log_weight(log_p: Tensor, log_ratio: Tensor, log_wide: Tensor, share
 
 
 def draw_defensively(
-    process: DiffusionProcess, density: Density, defence: Defence, num_draws: int
+    process: DiffusionProcess, density: Density, defence: Defence, num_draws: int, *, with_score: bool = False
 ) -> tuple[Draws, int]:
-    """Draw the mixture, at the cost of ``num_draws`` density evaluations.
+    """Draw the mixture, at the cost of ``num_draws`` density evaluations, and as many gradients ``with_score``.
 
     Returns:
         The draws, the sampler's own first, and how many of them are the sampler's own.
@@ -147,8 +147,9 @@ def draw_defensively(
         outer = defence.draw(process, density, num_wide)
         z = torch.cat([z, outer])
         log_ratio = torch.cat([log_ratio, process.path_log_ratio(outer)])
-    log_p = density.log_prob(z)
+    log_p, score = density.log_prob_and_score(z) if with_score else (density.log_prob(z), None)
     if not num_wide:  # a share that rounds to no draws must not enter the weights
-        return Draws(z, log_p, log_p + log_ratio), num_draws
+        return Draws(z, log_p, log_p + log_ratio, score), num_draws
     log_wide = defence.log_prob(process, density, z)
-    return Draws(z, log_p, mixture_log_weight(log_p, log_ratio, log_wide, num_wide / num_draws)), num_draws - num_wide
+    log_weight = mixture_log_weight(log_p, log_ratio, log_wide, num_wide / num_draws)
+    return Draws(z, log_p, log_weight, score), num_draws - num_wide

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from pyro_sm.denoiser import Denoiser, Regression
 from pyro_sm.sampling.flow import FlowSolver, ProbabilityFlow
+from pyro_sm.sampling.levels import fit_levels
 from pyro_sm.sampling.reverse import Kernels, fit_kernels, path_log_ratio, sample_paths
+
+_LEVEL_DRAWS = 1024  # levels need fewer than moments do, and look at many more places
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,12 @@ class Diffusion:
         return path_log_ratio(self.denoiser, self.kernels, self.to_white(z), noise) + self.log_scale
 
     def fit(self, z: Tensor) -> Kernels:
-        """Kernels refitted by moments to equally weighted latents ``z`` (N, D)."""
+        """Kernels refitted to equally weighted latents ``z`` (N, D): where they stand, then their moments."""
         u = self.to_white(z)
-        return fit_kernels(self.denoiser, self.kernels, u, torch.randn_like(u))
+        noise = torch.randn_like(u)
+        some = slice(_LEVEL_DRAWS)
+        ratios = fit_levels(self.denoiser, self.kernels.ratios, u[some], noise[some])
+        return fit_kernels(self.denoiser, self.kernels._replace(ratios=ratios), u, noise)
 
     def white_score(self, score: Tensor) -> Tensor:
         """``Lᵀ ∇_z log p = ∇_u log p``; (B, D) to (B, D)."""

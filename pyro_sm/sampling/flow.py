@@ -74,7 +74,7 @@ class ProbabilityFlow:
 
         def velocity(s: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             r = torch.exp(s)
-            log_ratio = s.expand(x.shape[0])
+            log_ratio = s.reshape(1)
             value, trace = divergence(lambda at: self.denoiser.field(at, log_ratio)[0], state[0], probes)
             speed = -r / (1 + r * r)
             return speed * value, speed * trace

@@ -53,23 +53,23 @@ def gaussian_kernels(ratios: Tensor, dim: int) -> Kernels:
     )
 
 
-def _normal_log_prob(white: Tensor, scale: Tensor) -> Tensor:
-    """``log N`` of points whose whitened form (B, D) is given; ``scale`` broadcasts to it."""
-    log_scale = scale.log().expand_as(white)
-    return -(0.5 * white.square() + log_scale).sum(-1) - 0.5 * white.shape[-1] * math.log(2 * math.pi)
-
-
 def reverse_kernel(denoiser: Denoiser, kernels: Kernels, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, D) of ``B(y_{k−1} | y_k = y)``."""
+    """Mean and variance (B, D) of ``B(y_{k−1} | y_k = y)``."""
     low, high = kernels.ratios[k - 1].square(), kernels.ratios[k].square()
     shrink = 1 - low / high
     mean, variance = denoiser.moments(y, kernels.ratios[k])
-    variance = low * shrink + shrink.square() * kernels.variance_factor[k - 1] * variance
-    return y + shrink * (mean - y), torch.sqrt(variance)
+    variance = torch.addcmul(low * shrink, shrink.square() * kernels.variance_factor[k - 1], variance)
+    return torch.addcmul(y, shrink, mean - y), variance
 
 
-def _forward_scale(kernels: Kernels, k: int) -> Tensor:
-    return torch.sqrt(kernels.ratios[k].square() - kernels.ratios[k - 1].square())
+def _forward_variances(kernels: Kernels) -> Tensor:
+    """``r_k² − r_{k−1}²``, (K,)."""
+    return kernels.ratios[1:].square() - kernels.ratios[:-1].square()
+
+
+def _start_constant(kernels: Kernels) -> Tensor:
+    """Terms of ``2 R`` (D,), one latent at a time, that no point enters: the start's scale, and 2π."""
+    return 2 * kernels.start_scale.log() + math.log(2 * math.pi)
 
 
 def sample_paths(denoiser: Denoiser, kernels: Kernels, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,16 +84,18 @@ def sample_paths(denoiser: Denoiser, kernels: Kernels, noise: Tensor) -> tuple[T
         ``u`` (N, D), and the path log ratio ``R`` (N,) in nats. Differentiable in the network and the kernels.
     """
     num_steps = kernels.ratios.shape[0] - 1
-    y = kernels.start_loc + noise[num_steps] * kernels.start_scale
-    log_ratio = -_normal_log_prob(noise[num_steps], kernels.start_scale)
+    gaps = _forward_variances(kernels)
+    y = torch.addcmul(kernels.start_loc, noise[num_steps], kernels.start_scale)
+    # 2 R, one latent at a time: the sum over latents is taken once, at the end. Logarithms of the two kernels'
+    # variances are large and of nearly one size: they are subtracted before anything is added up.
+    twice = noise[num_steps].square() + _start_constant(kernels)
     for k in range(num_steps, 0, -1):
-        mean, scale = reverse_kernel(denoiser, kernels, y, k)
-        new = mean + noise[k - 1] * scale
-        forward_scale = _forward_scale(kernels, k)
-        forward = _normal_log_prob((y - new) / forward_scale, forward_scale)
-        log_ratio = log_ratio + forward - _normal_log_prob(noise[k - 1], scale)
+        mean, variance = reverse_kernel(denoiser, kernels, y, k)
+        new = torch.addcmul(mean, noise[k - 1], torch.sqrt(variance))
+        forward = (y - new).square() / gaps[k - 1]
+        twice = twice + (noise[k - 1].square() - forward + torch.log(variance / gaps[k - 1]))
         y = new
-    return y, log_ratio
+    return y, 0.5 * twice.sum(-1)
 
 
 def path_log_ratio(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor) -> Tensor:
@@ -107,15 +109,15 @@ def path_log_ratio(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tenso
         u: (N, D) clean points in whitened space, from any source.
         noise: (K, N, D) standard normal.
     """
-    y, log_ratio = u, torch.zeros(u.shape[0], dtype=u.dtype, device=u.device)
+    gaps = _forward_variances(kernels)
+    scales = torch.sqrt(gaps)
+    y, twice = u, _start_constant(kernels)
     for k in range(1, kernels.ratios.shape[0]):
-        forward_scale = _forward_scale(kernels, k)
-        new = y + forward_scale * noise[k - 1]
-        mean, scale = reverse_kernel(denoiser, kernels, new, k)
-        forward = _normal_log_prob(noise[k - 1], forward_scale)
-        log_ratio = log_ratio + forward - _normal_log_prob((y - mean) / scale, scale)
+        new = torch.addcmul(y, scales[k - 1], noise[k - 1])
+        mean, variance = reverse_kernel(denoiser, kernels, new, k)
+        twice = twice + ((y - mean).square() / variance - noise[k - 1].square() + torch.log(variance / gaps[k - 1]))
         y = new
-    return log_ratio - _normal_log_prob((y - kernels.start_loc) / kernels.start_scale, kernels.start_scale)
+    return 0.5 * (twice + ((y - kernels.start_loc) / kernels.start_scale).square()).sum(-1)
 
 
 def fit_kernels(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor) -> Kernels:

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A start for annealing that knows the modes: ``b'(z) = ρ b(z) + (1−ρ) Σ_k w_k N(z; m_k, Σ_k)``.
+
+A bridge ``b^{1−β} p̃^β`` weighs a narrow mode at ``m`` by about ``b(m)^{1−β}``: in many dimensions the modes in the
+tails of ``b`` all but vanish half-way, and no particle comes back to them. From a mixture of ``b`` with normal laws
+at the modes there is no such half-way point.
+
+1. *Ascent* of ``log p̃`` by limited-memory BFGS from draws of ``b``, widened, in units of their spread.
+2. *Merging*: the end points with ``(z−m)ᵀ Σ⁻¹ (z−m) < 1`` around a higher one are one mode with it. ``Σ`` is
+   Laplace's, minus the inverse Hessian, its widths no larger than the spread of ``b``.
+3. ``w``: half in proportion to Laplace's ``p̃(m_k) |2π Σ_k|^{½}``, half in equal parts, for Laplace may be far off.
+
+Where modes are too many to list, or not normal (shells, funnels), ``b'`` is no better than ``b``: the effective share
+of its weights ``p̃/b'`` tells.
+
+Source: "Numerical Optimization", algorithm 7.4 https://doi.org/10.1007/978-0-387-40065-5 .
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sm.base import Density
+from pyro_sm.corrections.annealing_path import Start
+from pyro_sm.weights import effective_sample_size, systematic
+
+_MEMORY = 10
+_SUFFICIENT = 1e-4  # of the predicted gain: Armijo's condition
+_ARRIVED = 1e-3  # nats that the next step is predicted to gain
+_NORMAL_IQR = 1.349  # interquartile range of N(0, 1)
+
+
+class Modes(NamedTuple):
+    """``loc`` (K, D), lower Cholesky factors ``scale_tril`` (K, D, D) and ``log_weight`` (K,) of normal laws."""
+
+    loc: Tensor
+    scale_tril: Tensor
+    log_weight: Tensor
+
+
+class MixtureStart:
+    """``ρ b + (1−ρ) Σ_k w_k N(m_k, Σ_k)``, a start with exact draws.
+
+    Args:
+        start: ``b``.
+        modes: the normal laws; their weights sum to 1.
+        share: ρ, in (0, 1).
+    """
+
+    def __init__(self, start: Start, modes: Modes, share: float) -> None:
+        self.start, self.modes, self.share = start, modes, share
+        dim = modes.loc.shape[1]
+        eye = torch.eye(dim, dtype=modes.loc.dtype, device=modes.loc.device)
+        self._whiten = torch.linalg.solve_triangular(modes.scale_tril, eye.expand_as(modes.scale_tril), upper=False)
+        log_det = modes.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        self._constant = modes.log_weight - log_det - 0.5 * dim * math.log(2 * math.pi) + math.log1p(-share)
+
+    def sample(self, num_draws: int) -> Tensor:
+        """Draws (num_draws, D), those of ``b`` first; every part has its share of them, up to one draw."""
+        loc, tril, log_weight = self.modes
+        uniform = torch.rand(2, dtype=torch.float64, device=loc.device)
+        num_start = int(self.share * num_draws + float(uniform[0]))
+        which = systematic(torch.softmax(log_weight.double(), 0), uniform[1], num_draws - num_start)
+        near = torch.randn(len(which), loc.shape[1], dtype=loc.dtype, device=loc.device)
+        for k in which.unique():
+            near[which == k] = loc[k] + near[which == k] @ tril[k].T
+        return torch.cat([self.start.sample(num_start).to(near), near]) if num_start else near
+
+    def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``log b'`` (N,) in nats, and its score (N, D)."""
+        log_b, score_b = self.start.log_prob_and_score(z)
+        # One part at a time: (K, N, D) would be memory for nothing.
+        parts = [c - 0.5 * self._white(z, k).square().sum(-1) for k, c in enumerate(self._constant)]
+        log_parts = torch.stack(
+            [torch.nan_to_num(log_b, nan=-math.inf, neginf=-math.inf) + math.log(self.share), *parts]
+        )
+        responsibility = torch.softmax(log_parts, 0)
+        held = responsibility[0].unsqueeze(-1)
+        score = torch.where(held > 0, held * score_b, 0.0)
+        for k, whiten in enumerate(self._whiten):
+            score = score - responsibility[k + 1].unsqueeze(-1) * (self._white(z, k) @ whiten)
+        return torch.logsumexp(log_parts, 0), score
+
+    def _white(self, z: Tensor, k: int) -> Tensor:
+        return (z - self.modes.loc[k]) @ self._whiten[k].T
+
+
+class _Step(NamedTuple):
+    """``s`` (N, D) a step, ``y`` (N, D) the change of minus the gradient, ``curvature`` (N,) ``1/s·y``; 0 is none."""
+
+    s: Tensor
+    y: Tensor
+    curvature: Tensor
+
+
+def uphill(gradient: Tensor, steps: list[_Step]) -> Tensor:
+    """``H g`` (N, D), ``H`` the inverse of minus the Hessian that the last steps suggest; no longer than ``√D``."""
+    q, coefficients = gradient, []
+    for s, y, rho in reversed(steps):
+        coefficients.append(rho * (s * q).sum(-1))
+        q = q - coefficients[-1].unsqueeze(-1) * y
+    factor = torch.ones_like(gradient[:, 0])
+    for _, y, rho in steps:  # of the last step with a curvature
+        factor = torch.where(rho > 0, 1 / (rho * y.square().sum(-1)).clamp(min=1e-30), factor)
+    q = factor.unsqueeze(-1) * q
+    for (s, y, rho), a in zip(steps, reversed(coefficients), strict=True):
+        q = q + (a - rho * (y * q).sum(-1)).unsqueeze(-1) * s
+    length = q.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    return q * (math.sqrt(gradient.shape[1]) / length).clamp(max=1.0)
+
+
+def ascended(
+    density: Density, z: Tensor, scale: Tensor, num_steps: int, progress: Callable[[], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Where at most ``num_steps`` evaluations uphill from ``z`` (N, D) lead: ``z`` and ``log p̃`` (N,), nats.
+
+    No row ends lower than it began; one whose density is not finite stays, at ``-inf``. Ends when all but one row in
+    twenty have arrived.
+
+    Args:
+        density: to be climbed; one density and one gradient evaluation per row and step.
+        z: where to begin.
+        scale: (D,), the units of ``z``.
+        num_steps: at most so many.
+        progress: called after every step.
+    """
+    log_p, score = density.log_prob_and_score(z)
+    log_p = torch.nan_to_num(log_p, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    gradient = torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0) * scale
+    steps: list[_Step] = []
+    direction, length = uphill(gradient, steps), torch.ones_like(log_p)
+    for _ in range(num_steps):
+        new = z + length.unsqueeze(-1) * direction * scale
+        new_log_p, new_score = density.log_prob_and_score(new)
+        needed = _SUFFICIENT * length * (direction * gradient).sum(-1)
+        usable = torch.isfinite(new_log_p) & torch.isfinite(new_score).all(-1) & torch.isfinite(log_p)
+        better = usable & (new_log_p - log_p > needed)
+        keep = better.unsqueeze(-1)
+        s = torch.where(keep, (new - z) / scale, 0.0)
+        y = torch.where(keep, gradient - new_score * scale, 0.0)
+        product = (s * y).sum(-1)
+        steps = [*steps, _Step(s, y, torch.where(product > 0, 1 / product, 0.0))][-_MEMORY:]
+        z, log_p = torch.where(keep, new, z), torch.where(better, new_log_p, log_p)
+        gradient = torch.where(keep, new_score * scale, gradient)
+        length = torch.where(better, 1.0, length / 4)
+        direction = torch.where(keep, uphill(gradient, steps), direction)
+        if progress is not None:
+            progress()
+        arrived = length * (direction * gradient).sum(-1) < _ARRIVED
+        if float(arrived.double().mean()) >= 0.95:
+            break
+    return z, log_p
+
+
+def precision_at(density: Density, z: Tensor, scale: Tensor) -> Tensor | None:
+    """Minus the Hessian at ``z`` (D,) in units of ``scale`` (D,), eigenvalues raised to 1: (D, D), float64.
+
+    By central differences of 4D scores: the first 2D find the widths that the steps of the others are small beside.
+    None if a score is not finite.
+    """
+    dim, relative = len(z), 1e-4 if z.dtype == torch.float64 else 1e-2
+    step = torch.full_like(z, relative)
+    curvature = torch.zeros(dim, dim, dtype=torch.float64, device=z.device)
+    for _ in range(2):
+        offset = torch.diag(step * scale)
+        _, score = density.log_prob_and_score(torch.cat([z + offset, z - offset]))
+        curvature = -((score[:dim] - score[dim:]) * scale).double() / (2 * step.double().unsqueeze(-1))
+        if not bool(torch.isfinite(curvature).all()):
+            return None
+        step = relative * curvature.diagonal().clamp(min=1.0).rsqrt().to(z)
+    value, vector = torch.linalg.eigh((curvature + curvature.T) / 2)
+    return (vector * value.clamp(min=1.0)) @ vector.T
+
+
+@dataclass(frozen=True)
+class ModeSearch:
+    """Settings of the search; :meth:`run` it on a density and a start.
+
+    Args:
+        num_ascents: how many climb; a mode is found if one begins in its basin.
+        max_steps: of every ascent, each one density and one gradient evaluation per row.
+        max_modes: with more than these there is no use in a list.
+        start_share: ρ, in (0, 1).
+        widening: ascents begin at the start's draws, this much farther from their median: else the basins in the
+            tails of the start have few.
+        min_effective_share: what the weights of the mixture must leave of draws for it to be used, in [0, 1].
+
+    Raises:
+        ValueError: a count or the widening that is not positive, or a share out of its range.
+    """
+
+    num_ascents: int = 512
+    max_steps: int = 60
+    max_modes: int = 100
+    start_share: float = 0.5
+    widening: float = 1.5
+    min_effective_share: float = 0.15
+
+    def __post_init__(self) -> None:
+        for name in ("num_ascents", "max_steps", "max_modes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
+        if not self.widening > 0:
+            raise ValueError(f"expected a positive widening, found {self.widening}")
+        if not 0 < self.start_share < 1:
+            raise ValueError(f"expected start_share in (0, 1), found {self.start_share}")
+        if not 0 <= self.min_effective_share <= 1:
+            raise ValueError(f"expected min_effective_share in [0, 1], found {self.min_effective_share}")
+
+    @torch.no_grad()
+    def run(self, density: Density, start: Start, *, progress: Callable[[], None] | None = None) -> Start:
+        """``b'``, or ``start`` as it is if there are too many modes, none, or ``b'`` does not fit.
+
+        ``progress`` is called after every step of the ascents and every mode.
+        """
+        z = start.sample(self.num_ascents)
+        quarter, loc, three = torch.quantile(z.double(), z.new_tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+        spread = ((three - quarter) / _NORMAL_IQR).to(z)
+        scale = torch.where(torch.isfinite(spread) & (spread > 0), spread, 1.0)
+        begin = loc.to(z) + self.widening * (z - loc.to(z))
+        modes = self._merged(density, *ascended(density, begin, scale, self.max_steps, progress), scale, progress)
+        if modes is None:
+            return start
+        mixture = MixtureStart(start, modes, self.start_share)
+        z = mixture.sample(self.num_ascents)
+        log_w = density.log_prob(z) - mixture.log_prob_and_score(z)[0]
+        log_w = torch.nan_to_num(log_w, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        fits = effective_sample_size(log_w) >= self.min_effective_share * len(z)
+        return mixture if fits else start
+
+    def _merged(
+        self, density: Density, z: Tensor, log_p: Tensor, scale: Tensor, progress: Callable[[], None] | None
+    ) -> Modes | None:
+        """The modes among end points ``z`` (N, D) with ``log_p`` (N,); None if there are too many, or none."""
+        left = torch.isfinite(log_p)
+        found: list[tuple[int, Tensor]] = []
+        while bool(left.any()):
+            if len(found) == self.max_modes:
+                return None
+            best = int(torch.where(left, log_p, -math.inf).argmax())
+            left[best] = False
+            precision = precision_at(density, z[best], scale)
+            if progress is not None:
+                progress()
+            if precision is None:
+                continue
+            offset = ((z - z[best]) / scale).double()
+            left = left & (((offset @ precision) * offset).sum(-1) >= 1)
+            found.append((best, precision))
+        if not found:
+            return None
+        index = torch.tensor([i for i, _ in found], device=z.device)
+        tril = torch.linalg.cholesky(torch.linalg.inv(torch.stack([p for _, p in found])))
+        log_volume = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        weight = 0.5 * torch.softmax(log_p[index].double() + log_volume, 0) + 0.5 / len(found)
+        return Modes(z[index], (scale.double().unsqueeze(-1) * tril).to(z), weight.log().to(z))

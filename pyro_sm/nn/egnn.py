@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A network for particles that knows what does not change their energy: rotation, reflection, and their order.
+
+Mean-free latents ``z`` (D = (n−1)s, see ``mean_free.py``) are positions ``x = H z`` of n particles in R^s. Pairs
+``p = {i, j}`` with distance ``d_p`` carry messages, particles carry features, in L layers:
+
+    ``m_p = silu(W silu((1 + a) ⊙ (E φ(d_p) + U (h_i + h_j)) + b))``,   ``h_i ← h_i + ψ(h_i, Σ_{p∋i} m_p / √n)``,
+
+``a, b`` from noise level and context, ``φ`` Gaussian bumps beside ``d`` and ``1/(d + 0.1)``. The vector that comes
+out is a sum of vectors that turn with the particles,
+
+    ``v_i = Σ_{p={i,j}} w_p (x_i − x_j) + (g(h_i) + c) x_i``,   ``w_p = Σ_layers ω·m_p``,
+
+and the log variance one invariant number, the same for all latents. Mean-free by construction: ``F = Hᵀ v``. What it
+computes is equivariant as long as the guide's base is isotropic: a common scale for all latents.
+
+Source: "E(n) Equivariant Graph Neural Networks" https://arxiv.org/abs/2102.09844 .
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sm.mean_free import helmert
+from pyro_sm.nn.mlp import NoiseEmbedding
+
+_REACH = 4.0  # distances, scaled to unit size, that bumps can tell apart
+_SMALLEST = 1e-12  # squared distance of two particles in one place, whose gradient would be NaN
+_CONDITION_WIDTH = 32
+# Messages of so many numbers at a time stay in the cache of a core.
+_NUMBERS_IN_CACHE = 2**19
+
+
+class EquivariantNetwork(nn.Module):
+    """See the head of the file; ``(x (B, D), c (B,) or (1,), context) -> (B, 2D)``.
+
+    Args:
+        num_particles: n.
+        space_dim: s.
+        width: size of messages and features.
+        depth: L.
+        num_bumps: of the distance.
+        context_dim: C, or 0 for none.
+    """
+
+    centres: Tensor
+    pairs: Tensor
+    joined: Tensor
+    helmert: Tensor
+
+    def __init__(
+        self, num_particles: int, space_dim: int, *, width: int, depth: int, num_bumps: int, context_dim: int
+    ) -> None:
+        super().__init__()
+        self.num_particles, self.space_dim, self.context_dim = num_particles, space_dim, context_dim
+        basis = helmert(num_particles)
+        first, second = torch.combinations(torch.arange(num_particles)).T
+        members = nn.functional.one_hot(first, num_particles) + nn.functional.one_hot(second, num_particles)
+        # In float64: rounded to float32 they would not be mean-free in a float64 model.
+        self.register_buffer("helmert", basis)
+        self.register_buffer("pairs", basis[first] - basis[second])  # (P, n−1): differences of positions
+        self.register_buffer("joined", members.double())  # (P, n)
+        self.register_buffer("centres", torch.linspace(0, _REACH, num_bumps))
+        self.embedding = NoiseEmbedding()
+        condition = 2 * self.embedding.frequencies.numel() + context_dim
+        self.condition = nn.Sequential(nn.Linear(condition, _CONDITION_WIDTH), nn.SiLU())
+        self.start = nn.Linear(1, width)
+        self.distance = nn.ModuleList(nn.Linear(num_bumps + 2, width) for _ in range(depth))
+        self.ends = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+        self.modulation = nn.ModuleList(nn.Linear(_CONDITION_WIDTH, 2 * width) for _ in range(depth))
+        self.message = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.gather = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
+        self.update = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.pull = nn.ModuleList(nn.Linear(width, 1) for _ in range(depth))
+        self.radial = nn.Linear(width, 1)
+        self.variance = nn.Linear(width, 1)
+        self.skip = nn.Linear(_CONDITION_WIDTH, 2)
+        for layer in (*self.pull, self.radial, self.variance, self.skip):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
+        """Evaluate."""
+        features = self.embedding(c)
+        if self.context_dim:
+            if context is None:
+                raise ValueError(f"expected a context of size {self.context_dim}, found none")
+            rows = torch.broadcast_shapes(features.shape[:1], context.shape[:-1])
+            features = torch.cat([features.expand(*rows, -1), context.expand(*rows, -1)], -1)
+        condition = self.condition(features)
+        rows_in_cache = max(1, _NUMBERS_IN_CACHE // (self.pairs.shape[0] * self.start.out_features))
+        if x.device.type != "cpu" or x.shape[0] <= rows_in_cache:
+            return self._trunk(x, condition)
+        at = condition.expand(x.shape[0], -1).split(rows_in_cache) if condition.shape[0] > 1 else None
+        pieces = x.split(rows_in_cache)
+        return torch.cat([self._trunk(rows, condition if at is None else at[i]) for i, rows in enumerate(pieces)])
+
+    def _trunk(self, x: Tensor, condition: Tensor) -> Tensor:
+        """``x`` (B, D) and what is known of level and context, (B, ·) or one row, to (B, 2D)."""
+        z = x.unflatten(-1, (self.num_particles - 1, self.space_dim))
+        position = self.helmert.to(x) @ z
+        difference = self.pairs.to(x) @ z
+        d = (difference.square().sum(-1, keepdim=True) + _SMALLEST).sqrt()
+        spacing = _REACH / len(self.centres)
+        bumps = torch.exp(-0.5 * ((d - self.centres) / spacing).square())
+        seen = torch.cat([bumps, d, 1 / (d + 0.1)], -1)
+        joined = self.joined.to(x)
+        h = self.start(position.square().sum(-1, keepdim=True))
+        weight = torch.zeros_like(d)
+        silu = nn.functional.silu
+        for k, modulation in enumerate(self.modulation):
+            scale, shift = modulation(condition)[:, None].chunk(2, -1)
+            a = self.distance[k](seen) + joined @ self.ends[k](h)
+            m = silu(self.message[k](silu(torch.addcmul(shift, a, 1 + scale))))
+            weight = weight + self.pull[k](m)
+            gathered = joined.T @ m / math.sqrt(self.num_particles)
+            h = h + self.update[k](silu(self.gather[k](torch.cat([h, gathered], -1))))
+        skip = self.skip(condition)
+        centred = self.helmert.to(x).T @ ((self.radial(h) + skip[:, None, :1]) * position)
+        force = (self.pairs.to(x).T @ (weight * difference) + centred).flatten(-2)
+        log_variance = self.variance(h).mean(1) + skip[:, 1:]
+        return torch.cat([force, log_variance.expand_as(force)], -1)
+
+
+@dataclass(frozen=True)
+class EGNN:
+    """:class:`EquivariantNetwork` for ``num_particles`` particles in ``space_dim`` dimensions.
+
+    The model's latents are the mean-free coordinates of :class:`pyro_sm.mean_free.MeanFree`; its base should be
+    isotropic, or the sampler is not symmetric (its weights are right all the same).
+
+    Raises:
+        ValueError: fewer than two particles, another count that is not positive; at :meth:`build`, latents that are
+            not ``(num_particles − 1)·space_dim`` in number.
+    """
+
+    num_particles: int
+    space_dim: int
+    width: int = 64
+    depth: int = 2
+    num_bumps: int = 32
+
+    def __post_init__(self) -> None:
+        if self.num_particles < 2 or min(self.space_dim, self.width, self.depth, self.num_bumps) < 1:
+            raise ValueError(f"expected two particles or more and positive counts, found {self}")
+
+    def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
+        """The network."""
+        expected = (self.num_particles - 1) * self.space_dim
+        if dim != expected or out_dim != 2 * dim:
+            raise ValueError(
+                f"{self.num_particles} particles in {self.space_dim} dimensions have {expected} mean-free latents, "
+                f"the model has {dim}: write it in coordinates of MeanFree({self.num_particles}, {self.space_dim})"
+            )
+        return EquivariantNetwork(
+            self.num_particles,
+            self.space_dim,
+            width=self.width,
+            depth=self.depth,
+            num_bumps=self.num_bumps,
+            context_dim=context_dim,
+        )
