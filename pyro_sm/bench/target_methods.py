@@ -41,10 +41,12 @@ from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.model import ModelDensity
+from pyro_sm.nn.egnn import EGNN
+from pyro_sm.nn.mlp import MLP, Architecture
 from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights
 from pyro_sm.objectives.score_matching import Weighting
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
-from pyro_sm.targets import Target
+from pyro_sm.targets import DoubleWellParticles, LennardJones, Target
 from pyro_sm.weights import evidence
 
 
@@ -152,6 +154,13 @@ def _whitened_model(target: Target) -> Callable[[], None]:
     return model
 
 
+def _architecture(target: Target) -> Architecture:
+    """The package's default; for particles the network that has their symmetry, for every method alike."""
+    if isinstance(target, DoubleWellParticles | LennardJones):
+        return EGNN(target.particles.num_particles, target.particles.space_dim)
+    return MLP()
+
+
 def _resampled(draws: Draws, budget: Budget, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return draws.z[ImportanceResampling().apply(draws, budget.draws, generator)]
@@ -231,9 +240,10 @@ class Sampler:
         """Train and draw; stops early if the effective sample size has stopped rising."""
         _begin(seed)
         meter = Meter()
+        model = _model(target)
         sampler = DiffusionSampler(
-            _model(target),
-            base=GivenBase(*target.start),
+            model,
+            guide=AutoDiffusion(model, base=GivenBase(*target.start), architecture=_architecture(target)),
             objective=self.objective(budget.evaluations),
             stopping=StoppingRule(max_evaluations=budget.evaluations),
             seed=seed,
@@ -297,7 +307,7 @@ class DiffusionGuideAtStart:
     def __call__(self, target: Target) -> tuple[Callable[[], None], Callable[..., Any], bool]:
         """Over ``x``: the guide whitens by itself."""
         model = _model(target)
-        return model, AutoDiffusion(model, base=GivenBase(*target.start)), False
+        return model, AutoDiffusion(model, base=GivenBase(*target.start), architecture=_architecture(target)), False
 
 
 @dataclass(frozen=True)
