@@ -7,6 +7,10 @@ floor: the same figure of as many exact draws, which no sampler can be expected 
 different numbers of draws, and then their floors differ). Rows are sorted by the first figure, best first, whoever's
 method it is, and the best median of every column is bold.
 
+Below a table that has both stands the *break-even*: after how many usable draws a trained sampler has cost less than
+a run of tempered SMC for every so many, ``T/(c − d/ESS)``: T its training, d one draw of it, c what SMC pays per particle
+(each counted as a draw, which flatters SMC).
+
 With ``--figures``: draws over contours (targets in the plane), error against evaluations (where a method was run
 with several budgets), effective share and evidence error against dimension (families), energies (particles).
 """
@@ -23,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pyro_sm.bench.target_methods import Budget
 from pyro_sm.bench.targets import KEYS, TARGETS, Particles, draws_path, read_rows, reference_draws
 from pyro_sm.diagnostics.benchmark_plots import (
     plot_against_dimension,
@@ -79,6 +84,10 @@ COLUMNS = (
     Column("k̂", lambda row: row.get("khat"), _none),
 )
 """The figures, in the order in which the first one present sorts a table."""
+
+
+TRAINED = ("iwsm", "iwsm-marginal")
+"""Methods that leave a sampler behind whose weights are worth the name."""
 
 
 class Cell(NamedTuple):
@@ -188,8 +197,41 @@ def _line(one: Line, shown: list[Column], best: dict[str, float]) -> str:
     return f"| {name} | {' | '.join(cells)} | {cost} |"
 
 
+def break_even(trained: Row, tempered: Row, spent: Callable[[dict[str, float]], float]) -> float:
+    """Usable draws after which the ``trained`` sampler is the cheaper one; ``inf`` if it never is.
+
+    Args:
+        trained: a row with an effective share.
+        tempered: a row of a method that pays for every set of draws anew.
+        spent: the price of a stage.
+    """
+    again = (spent(tempered["training"]) + spent(tempered["drawing"])) / tempered["samples"]
+    once = spent(trained["drawing"]) / (Budget(trained["evaluations"], trained["draws"]).pool * trained["ESS"])
+    return spent(trained["training"]) / (again - once) if again > once else math.inf
+
+
+def _break_evens(found: list[Line]) -> list[str]:
+    """A sentence for each trained sampler, if SMC is in the table."""
+    smc = [row for one in found if one.method == "smc" for row in _good(one.rows)]
+    text = []
+    for one in found:
+        rows = [row for row in _good(one.rows) if "ESS" in row and one.method in TRAINED]
+        if not smc or not rows:
+            continue
+        prices: tuple[tuple[str, Callable[[dict[str, float]], float]], ...] = (
+            ("evaluations", lambda stage: max(stage["density"], stage["gradient"])),
+            ("CPU seconds", lambda stage: stage["seconds"]),
+        )
+        counts = []
+        for name, spent in prices:
+            draws = statistics.median(break_even(row, smc[0], spent) for row in rows)
+            counts.append(f"{draws:,.0f} draws by {name}" if math.isfinite(draws) else f"never by {name}")
+        text.append(f"{one.method} ({one.evaluations:,}) against smc breaks even: {', '.join(counts)}.")
+    return text
+
+
 def table(target: str, rows: list[Row]) -> str:
-    """The Markdown table of one target; below it what brackets mean, and the machines."""
+    """The Markdown table of one target; below it what brackets mean, the machines, and where training pays off."""
     found = lines(rows)
     shown = columns(found)
     best = {
@@ -211,6 +253,7 @@ def table(target: str, rows: list[Row]) -> str:
     ]
     reading = "Median; worst over seeds (as many exact draws)." if seeds > 1 else "In brackets: as many exact draws."
     text += ["", f"{reading} {'; '.join(dict.fromkeys(row['machine'] for row in rows))}."]
+    text += [part for sentence in _break_evens(found) for part in ("", sentence)]
     return "\n".join(text)
 
 

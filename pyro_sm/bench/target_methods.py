@@ -43,7 +43,7 @@ from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.model import ModelDensity
 from pyro_sm.nn.egnn import EGNN
 from pyro_sm.nn.mlp import MLP, Architecture
-from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights
+from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights, PathWeights
 from pyro_sm.objectives.score_matching import Weighting
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.targets import DoubleWellParticles, LennardJones, Target
@@ -184,17 +184,22 @@ class ObjectiveFor(Protocol):
 
 @dataclass(frozen=True)
 class PathObjective:
-    """Path weights at the package's defaults, but for the share that damping must leave effective.
+    """Path weights, at the package's defaults or without what it adds to them.
 
     Args:
-        effective_share: τ; so small that γ = 1 always, it is plain forward KL.
+        plain: forward KL by raw weights: no damping, no population, clean points as targets.
     """
 
-    effective_share: float = 0.3
+    plain: bool = False
 
     def __call__(self, evaluations: int) -> ImportanceWeightedScoreMatching:
         """The objective, whatever the budget."""
-        return ImportanceWeightedScoreMatching(effective_share=self.effective_share)
+        if not self.plain:
+            return ImportanceWeightedScoreMatching()
+        # A share so small that γ = 1 always.
+        return ImportanceWeightedScoreMatching(
+            effective_share=1e-9, population=None, weighting=PathWeights(target_score=False)
+        )
 
 
 @dataclass(frozen=True)
@@ -499,7 +504,7 @@ _METHODS: tuple[Method, ...] = (
     Variational("auto-normal", NormalGuide(), ElboLoss(), learning_rate=1e-2),
     Variational("auto-iaf", InverseFlowGuide(), ElboLoss(), learning_rate=2e-3),
     Sampler("idem", InnerObjective(UnitWeights())),
-    Sampler("forward-kl", PathObjective(effective_share=1e-9)),
+    Sampler("forward-kl", PathObjective(plain=True)),
     Variational("reverse-kl", DiffusionGuideAtStart(), ElboLoss(), learning_rate=2e-3),
     Variational("log-variance", DiffusionGuideAtStart(), LogVarianceLoss(), learning_rate=2e-3),
 )
