@@ -5,7 +5,16 @@ __version__ = "0.1.0.dev0"
 
 from pyro_sm.base import CheckpointError, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.corrections import ImportanceResampling, Raw
-from pyro_sm.diagnostics import stein_goodness_of_fit, to_arviz
+from pyro_sm.diagnostics import (
+    Probe,
+    Trust,
+    TrustWarning,
+    Verdict,
+    check,
+    check_guide,
+    stein_goodness_of_fit,
+    to_arviz,
+)
 from pyro_sm.guides import AutoDiffusion, BatchAndMatch, BatchAndMatchBase, GivenBase, LaplaceBase, PriorBase
 from pyro_sm.model import ModelDensity
 from pyro_sm.objectives import (
@@ -50,11 +59,17 @@ __all__ = [
     "Population",
     "PriorBase",
     "PriorComponent",
+    "Probe",
     "PyroSMWarning",
     "Raw",
     "SteinDiscrepancy",
     "StoppingRule",
+    "Trust",
+    "TrustWarning",
+    "Verdict",
     "WideComponent",
+    "check",
+    "check_guide",
     "stein_goodness_of_fit",
     "to_arviz",
 ]

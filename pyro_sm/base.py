@@ -188,6 +188,13 @@ class DiffusionGuide(Protocol):
         """Refit what is fitted by moments (kernel variances, start) to equally weighted latents (N, D)."""
         ...
 
+    def rebase(self, z: Tensor, group: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Move the base to equally weighted latents (N, D), unless the guide is trained; whether that was done.
+
+        ``group`` (N,): which mode each belongs to, if that is known.
+        """
+        ...
+
 
 class PathDraws(NamedTuple):
     """Draws as functions of given noise and of the guide's parameters, so that both may be differentiated.

@@ -15,6 +15,9 @@ Training regresses ``F`` on ``F* = (u − y/v) √v/r``, which has unit size und
 the squared residual ``e² = (F − F*)²`` by the Gaussian likelihood ``½(h + e² exp(−h))``. A variance that depends on
 ``y`` matters where the target has several modes: one variance per level is too wide inside them, too narrow between.
 
+With an :class:`~pyro_sm.anchor.Anchor`, a mixture that is known beforehand, its moments take the place of the
+Gaussian's: what the network returns is added to the ``F`` and ``h`` that they amount to.
+
 Source: "Elucidating the Design Space of Diffusion-Based Generative Models" https://arxiv.org/abs/2206.00364 ;
 "Improved Denoising Diffusion Probabilistic Models" https://arxiv.org/abs/2102.09672 (learned variances).
 """
@@ -28,6 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_sm.anchor import Anchor
+
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 # exp(±) of these is far outside what any fitted posterior needs; they keep a bad step from overflowing.
@@ -37,8 +42,8 @@ _LOG_VARIANCE_RANGE = (-14.0, 6.0)
 class Regression(NamedTuple):
     """Residual of one denoising regression.
 
-    ``error``: (B, D) ``F − F*``. ``log_variance``: (B, D) ``h``. ``target``: (B, D) ``F*``, minus the error of an
-    untrained network.
+    ``error``: (B, D) ``F − F*``. ``log_variance``: (B, D) ``h``. ``target``: (B, D) minus the error of an untrained
+    network: ``F*``, less what an anchor knows of it.
     """
 
     error: Tensor
@@ -54,15 +59,33 @@ class Denoiser:
         network: ``(x (B, D), c (B,) or (1,), context or None) -> (B, 2D)``: ``F`` and ``h`` side by side. ``c`` (1,)
             is one noise level for all rows; a network whose rows share it need not compute it for each.
         context: one context for all rows (C,), or (B, C); None for an unconditional sampler.
+        anchor: what is known before training; None for ``N(0, I)``.
     """
 
     network: Network
     context: Tensor | None = None
+    anchor: Anchor | None = None
 
     def field(self, x: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         """``F`` and ``h`` (B, D) at scaled points ``x = y/√v`` (B, D) and ``log r`` (B,) or (1,)."""
-        mean, log_variance = self.network(x, 0.25 * log_ratio, self.context).chunk(2, -1)
+        mean, log_variance = self._learned(x, log_ratio)
+        if self.anchor is not None:
+            known_mean, known_log_variance = self._anchored(self.anchor, x, log_ratio)
+            mean, log_variance = mean + known_mean, log_variance + known_log_variance
         return mean, log_variance.clamp(*_LOG_VARIANCE_RANGE)
+
+    def _learned(self, x: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.network(x, 0.25 * log_ratio, self.context).chunk(2, -1)
+        return mean, log_variance
+
+    def _anchored(self, anchor: Anchor, x: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """``F`` and ``h`` (B, D) that the anchor's moments amount to."""
+        r = torch.exp(log_ratio)
+        v = (1 + r * r)[:, None]
+        root = torch.sqrt(v)
+        mean, variance = anchor.moments(x * root, r)
+        ratio = r[:, None]
+        return (mean - x / root) * root / ratio, torch.log(variance * v / ratio.square())
 
     def moments(self, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean ``D`` and variance ``V``, both (B, D), for ``y`` (B, D) and ``r`` () or (B,)."""
@@ -81,6 +104,10 @@ class Denoiser:
         """Compare with a target for the posterior mean: a clean point, or a better estimate; all (B, D), r (B,)."""
         r = r[:, None]
         v = 1 + r * r
-        mean, log_variance = self.field(y / torch.sqrt(v), torch.log(r[:, 0]))
+        x, log_ratio = y / torch.sqrt(v), torch.log(r[:, 0])
+        mean, log_variance = self._learned(x, log_ratio)
         target = (target_mean - y / v) * torch.sqrt(v) / r
-        return Regression(mean - target, log_variance, target)
+        if self.anchor is not None:
+            known_mean, known_log_variance = self._anchored(self.anchor, x, log_ratio)
+            target, log_variance = target - known_mean, log_variance + known_log_variance
+        return Regression(mean - target, log_variance.clamp(*_LOG_VARIANCE_RANGE), target)

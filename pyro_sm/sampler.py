@@ -5,6 +5,9 @@ The loop alternates rounds and steps of :class:`~pyro_sm.ImportanceWeightedScore
 until γ = 1 and the effective sample size has stopped rising (or half the budget is spent), then goes linearly to
 zero; then training ends. The state is complete after every step: an interrupted, saved and resumed run continues
 bit for bit like one that was never stopped.
+
+With ``num_chains`` > 1 as many guides are trained, one after the other, each like one that was trained alone with its
+own seed; see ``replicas.py`` for what their draws say together.
 """
 
 from __future__ import annotations
@@ -18,33 +21,63 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
 from pyro_sm.base import CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
+from pyro_sm.corrections.metropolis import IndependentMetropolis
+from pyro_sm.diagnostics.check import (
+    DEFAULT_PROBE,
+    chain_findings,
+    pool_findings,
+    probe_findings,
+    probe_progress,
+    stein_findings,
+    training_findings,
+)
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
+from pyro_sm.diagnostics.probe import Probe, Probed, process_base, process_log_weight, start_for
 from pyro_sm.diagnostics.summary import summary_table
+from pyro_sm.diagnostics.verdict import Findings, Thresholds, Verdict, judge
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bases import Base
 from pyro_sm.model import ModelDensity
 from pyro_sm.model_cache import same_arguments, tensor_versions
+from pyro_sm.model_trace import isolated_rng
 from pyro_sm.objectives.buffer import Buffer, Round
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching, TrainingState
 from pyro_sm.objectives.population import Particles
+from pyro_sm.replicas import PerReplica, joined
+from pyro_sm.sampling.defensive import default_defence
 from pyro_sm.stopping import Schedule, StoppingRule, deferred_interrupt
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 _NAMES = itertools.count()
+_PROBE_SEED = 15_485_863  # the probe's generator is not that of training or of the draws
 _CHECKPOINT_KEYS = (
     "settings", "sites", "seed", "guide", "optimiser", "rng", "rounds", "steps", "loss_sum", "seconds", "history",
     "evaluations", "schedule", "population", "seeding",
 )  # fmt: skip
+
+
+def _beside(path: str | os.PathLike[str], chain: int) -> str:
+    """The checkpoint of another replica."""
+    return f"{os.fspath(path)}.{chain}"
+
+
+def _draws_on(values: list[Tensor | None], to: dict[str, Any]) -> Draws:
+    """Draws out of a checkpoint, with the dtype and device of ``to``; the score may be missing."""
+    z, log_p, log_weight, *score = (None if x is None else x.to(**to) for x in values)
+    if z is None or log_p is None or log_weight is None:
+        raise CheckpointError("expected latents, densities and weights of every round in the checkpoint, found None")
+    return Draws(z, log_p, log_weight, *score)
 
 
 class _SeedingStopped(Exception):
@@ -73,9 +106,16 @@ class DiffusionSampler:
         checkpoint: file to save the state to during the run, or None.
         checkpoint_every: seconds between checkpoints.
         disable_progbar: no progress bar.
+        num_chains: replicas, trained with the seeds ``seed``, ``seed + 1``, …, each with the whole budget. Draws of
+            each are a chain of their own, so that R̂ sees one that has lost a mode. Checkpoints of the others stand
+            beside the first's, with ``.1``, ``.2``, … at the end of their names.
+
+    Attributes:
+        replicas: one sampler per chain; the first is this one.
+        probed: what the last probe of :meth:`check` has found; any guide on the same model and data can use it.
 
     Raises:
-        ValueError: both ``base`` and ``guide`` are given.
+        ValueError: both ``base`` and ``guide`` are given, or ``num_chains`` < 1.
 
     Source: "Importance Weighted Score Matching for Diffusion Samplers with Enhanced Mode Coverage"
     https://arxiv.org/abs/2505.19431 .
@@ -94,7 +134,10 @@ class DiffusionSampler:
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: float = 30.0,
         disable_progbar: bool = False,
+        num_chains: int = 1,
     ) -> None:
+        if num_chains < 1:
+            raise ValueError(f"expected num_chains >= 1, found {num_chains}")
         if base is not None and guide is not None:
             raise ValueError("expected a base for the default guide, or a guide with its own base; found both")
         self.model = model
@@ -117,6 +160,29 @@ class DiffusionSampler:
         self._pool_of_draws: Draws | None = None
         self._drawn = Evaluations()
         self._last_saved = -math.inf
+        self._label = ""
+        self.probed: Probed | None = None
+        self._probe_settings: Probe | None = None
+        self._verdict: Verdict | None = None
+        self.replicas = (self, *(self._replica(chain, num_chains) for chain in range(1, num_chains)))
+
+    def _replica(self, chain: int, num_chains: int) -> DiffusionSampler:
+        """Another sampler with these settings, and a seed, a guide and a checkpoint of its own."""
+        guide = copy.deepcopy(self._untrained)
+        guide._pyro_name = f"{guide._pyro_name}.replica{chain}"
+        replica = DiffusionSampler(
+            self.model,
+            guide=guide,
+            objective=copy.deepcopy(self.objective),
+            stopping=self.stopping,
+            learning_rate=self.learning_rate,
+            seed=self.seed + chain,
+            checkpoint=None if self.checkpoint is None else _beside(self.checkpoint, chain),
+            checkpoint_every=self.checkpoint_every,
+            disable_progbar=self.disable_progbar,
+        )
+        self._label, replica._label = (f"replica {c + 1}/{num_chains}, " for c in (0, chain))
+        return replica
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -137,6 +203,13 @@ class DiffusionSampler:
             CheckpointError: a loaded checkpoint belongs to another model, other data or other settings.
             ValueError: no draw has a finite density.
         """
+        self._verdict = None
+        for replica in self.replicas:
+            replica.stopping = self.stopping  # whose budget may have grown since
+            replica._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Train this one replica."""
         with self._own_rng():
             self._bind(args, kwargs)
             self._reopen_if_budget_grew()
@@ -210,7 +283,7 @@ class DiffusionSampler:
         self.schedule = Schedule()
         self._drawn = Evaluations()
         self._optimiser = None
-        self._pool_of_draws = None
+        self._pool_of_draws, self._verdict, self.probed = None, None, None
         torch.manual_seed(self.seed)
 
     def _density(self) -> ModelDensity:
@@ -312,12 +385,12 @@ class DiffusionSampler:
         spent = self.history[-1].density_evaluations if self.history else 0
         with tqdm(
             total=self.stopping.max_evaluations, initial=spent, unit="eval", disable=self.disable_progbar,
-            desc="training", dynamic_ncols=True, mininterval=0.5,
+            desc=f"{self._label}training", dynamic_ncols=True, mininterval=0.5,
         ) as bar:  # fmt: skip
 
             def report(info: RoundInfo) -> None:
                 bar.total = self.stopping.max_evaluations + self.objective.state.seeding
-                bar.set_description("training", refresh=False)
+                bar.set_description(f"{self._label}training", refresh=False)
                 bar.set_postfix_str(
                     f"round {info.round}, γ={info.gamma:.2f}, ESS={info.ess:.2f}, k̂={info.khat:.2f}, "
                     f"log Z={info.log_evidence:.2f}±{info.log_evidence_se:.2f}",
@@ -328,7 +401,8 @@ class DiffusionSampler:
             def seeding(beta: float) -> None:
                 if interrupted():
                     raise _SeedingStopped
-                bar.set_description(f"seeding, β={beta:.2g}" if beta > 0 else "seeding, looking for modes")
+                what = f"seeding, β={beta:.2g}" if beta > 0 else "seeding, looking for modes"
+                bar.set_description(f"{self._label}{what}")
 
             self.objective.on_seeding = seeding
             try:
@@ -344,8 +418,18 @@ class DiffusionSampler:
     def draws(self, num_draws: int) -> Draws:
         """At least ``num_draws`` weighted draws, kept for later calls; the guide's own come first.
 
-        See :meth:`~pyro_sm.AutoDiffusion.draw_weighted`: the last tenth is the wide component's.
+        See :meth:`~pyro_sm.AutoDiffusion.draw_weighted`: the last tenth is the wide component's. Of several replicas,
+        as many of each, one after the other.
         """
+        each = -(-num_draws // len(self.replicas))
+        pools = [replica._draws(each) for replica in self.replicas]
+        if len(pools) == 1:
+            return pools[0]
+        size = max(len(pool.z) for pool in pools)  # one of them may have been asked for more by itself
+        return joined([replica._draws(size) for replica in self.replicas])
+
+    def _draws(self, num_draws: int) -> Draws:
+        """Of this one replica."""
         if self._pool_of_draws is None or self._pool_of_draws.z.shape[0] < num_draws:
             density = copy.copy(self._density())
             density.evaluations = self._drawn  # apart from those of training, which has a budget
@@ -363,16 +447,26 @@ class DiffusionSampler:
     def _generator(self) -> torch.Generator:
         return torch.Generator(device=self._density().device).manual_seed(self.seed)
 
+    def _correction(self, correction: Correction | None) -> Correction:
+        correction = correction or ImportanceResampling()
+        return correction if len(self.replicas) == 1 else PerReplica(correction, len(self.replicas))
+
+    def _counted(self) -> Evaluations:
+        """Of training, and of the draws since, by all replicas."""
+        trained = [replica._density().evaluations for replica in self.replicas]
+        drawn = sum(replica._drawn.density for replica in self.replicas)
+        return Evaluations(sum(e.density for e in trained) + drawn, sum(e.gradient for e in trained))
+
     def get_samples(self, num_samples: int = 4000, *, correction: Correction | None = None) -> dict[str, Tensor]:
         """Constrained draws by site, sample dimension first: ``{site: (num_samples, *shape)}``.
 
         Args:
-            num_samples: how many.
+            num_samples: how many; a multiple of the number of replicas, whose draws follow each other.
             correction: importance resampling from four times as many guide draws by default;
                 :class:`~pyro_sm.corrections.Raw` for the guide's own.
         """
         pool = self._pool(num_samples)
-        index = (correction or ImportanceResampling()).apply(pool, num_samples, self._generator())
+        index = self._correction(correction).apply(pool, num_samples, self._generator())
         density = self._density()
         z = pool.z[index]
         return {**density.unpack(z), **density.deterministics(z)}
@@ -403,38 +497,97 @@ class DiffusionSampler:
         log_weight = self._pool().log_weight
         return effective_sample_size(log_weight) / log_weight.shape[0]
 
+    def check(
+        self,
+        *,
+        probe: Probe | Probed | None = DEFAULT_PROBE,
+        correction: Correction | None = None,
+        stein_draws: int = 0,
+        thresholds: Thresholds | None = None,
+    ) -> Verdict:
+        """Can it be trusted? A verdict with its reasons, to print; :meth:`to_arviz` records it.
+
+        The weights, the evidence, the training and the replicas are looked at, and a probe that never saw the guide
+        looks for what it has lost (see ``diagnostics/probe.py``); its evaluations are counted apart, in
+        ``verdict.findings``. What it found is kept for the next call. Ctrl-C leaves everything as it was.
+
+        Args:
+            probe: how to look elsewhere; what an earlier look has found; or None not to look.
+            correction: that you use for draws: of :class:`~pyro_sm.corrections.IndependentMetropolis` the acceptance
+                is judged.
+            stein_draws: of the kernel Stein test, 0 for none; each costs a gradient evaluation.
+            thresholds: where the lines are drawn.
+
+        Raises:
+            ValueError: nothing has been run yet.
+        """
+        pool, density = self._pool(), copy.copy(self._density())
+        density.evaluations = Evaluations()
+        findings = training_findings(pool_findings(pool.log_weight), pool.log_weight, self.history)
+        if isinstance(correction, IndependentMetropolis):
+            accepted = correction.walk(pool.log_weight, self._generator()).acceptance
+            findings = replace(findings, acceptance=float(accepted.mean()))
+        if len(self.replicas) > 1:
+            index = self._correction(None).apply(pool, 1000 * len(self.replicas), self._generator())
+            findings = chain_findings(findings, [pool.z[index].unflatten(0, (len(self.replicas), 1000))])
+        with isolated_rng(self.seed + _PROBE_SEED):
+            findings = stein_findings(findings, density, pool.z, pool.log_weight, stein_draws)
+            if probe is not None:
+                findings = self._probe(findings, pool, probe, density)
+        self._verdict = judge(findings, thresholds)
+        return self._verdict
+
+    def _probe(self, findings: Findings, pool: Draws, probe: Probe | Probed, density: ModelDensity) -> Findings:
+        """``findings`` with what a probe found, and what each replica would have said of its particles."""
+        args, kwargs = self._data or ((), {})
+        with torch.no_grad(), poutine.block():
+            processes = [replica.guide.diffusion(args, kwargs) for replica in self.replicas]
+            if isinstance(probe, Probe):
+                if self.probed is None or self._probe_settings != probe:
+                    with probe_progress(self.disable_progbar) as report:
+                        start = start_for(density, lambda: process_base(processes[0]))
+                        self.probed = probe.run(density, start, progress=report)
+                    self._probe_settings = probe
+                probe = self.probed
+            wide = self.objective.wide or default_defence(density)
+            weights = [process_log_weight(p, density, wide, probe.z, probe.log_p) for p in processes]
+        return probe_findings(findings, pool.log_weight, probe, weights)
+
     def to_arviz(self, num_samples: int = 4000, *, correction: Correction | None = None, **options: Any) -> Any:
-        """``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x); see ``diagnostics/export.py`` for ``options``."""
-        density = self._density()
-        pool = self._pool(num_samples)
-        provenance = Provenance(
-            objective=type(self.objective).__name__,
-            seed=self.seed,
-            density_evaluations=density.evaluations.density + self._drawn.density,
-            gradient_evaluations=density.evaluations.gradient,
-        )
+        """``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x); see ``diagnostics/export.py`` for ``options``.
+
+        With the verdict, if :meth:`check` was called; of several replicas every chain is one.
+        """
+        pool, counted = self._pool(num_samples), self._counted()
+        provenance = Provenance(type(self.objective).__name__, self.seed, counted.density, counted.gradient)
+        if len(self.replicas) > 1:
+            options.setdefault("num_chains", len(self.replicas))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return draws_to_arviz(
-                density,
+                self._density(),
                 pool,
                 num_samples=num_samples,
-                correction=correction or ImportanceResampling(),
+                correction=self._correction(correction),
                 provenance=provenance,
                 history=self.history,
+                verdict=self._verdict,
+                num_replicas=len(self.replicas),
                 **options,
             )
 
     def report(self) -> str:
-        """Evidence, weights and cost in three lines."""
-        density, last = self._density(), self.history[-1]
-        values = density.evaluations.density + self._drawn.density
-        return (
+        """Evidence, weights and cost in three lines; and the verdict, if :meth:`check` was called."""
+        counted = self._counted()
+        rounds = sum(len(replica.history) for replica in self.replicas)
+        seconds = sum(replica.history[-1].seconds for replica in self.replicas)
+        lines = (
             f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats\n"
             f"weights       Pareto k̂ {self.khat:.2f} (trust below 0.7), effective share {self.ess:.2f}\n"
-            f"cost          {values} density and {density.evaluations.gradient} gradient "
-            f"evaluations ({density.batching_method}), {len(self.history)} rounds, {last.seconds:.0f} s of training"
+            f"cost          {counted.density} density and {counted.gradient} gradient "
+            f"evaluations ({self._density().batching_method}), {rounds} rounds, {seconds:.0f} s of training"
         )
+        return lines if self._verdict is None else f"{lines}\n{self._verdict}"
 
     def summary(self, num_samples: int = 4000) -> None:
         """Print evidence, weights, cost, and ArviZ's summary table of the corrected draws."""
@@ -471,10 +624,21 @@ class DiffusionSampler:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole state to ``path``, atomically; a later :meth:`load` and :meth:`run` continue from it.
 
+        Replicas that have begun are written beside it, with ``.1``, ``.2``, … at the end of the name.
+
         Raises:
             CheckpointError: the file cannot be written.
             ValueError: nothing has been run yet.
         """
+        if self._optimiser is None:
+            raise ValueError("there is nothing to save: call run(...) first")
+        self._save(path)
+        for chain, replica in enumerate(self.replicas[1:], 1):
+            if replica._optimiser is not None:
+                replica._save(_beside(path, chain))
+
+    def _save(self, path: str | os.PathLike[str]) -> None:
+        """The state of this one replica."""
         if self._optimiser is None:
             raise ValueError("there is nothing to save: call run(...) first")
         state, density = self.objective.state, self._density()
@@ -510,6 +674,20 @@ class DiffusionSampler:
         Raises:
             CheckpointError: the file is missing, damaged, or was made with other settings.
         """
+        self._load(path)
+        for chain, replica in enumerate(self.replicas[1:], 1):
+            if os.path.exists(_beside(path, chain)):
+                replica._load(_beside(path, chain))
+                if replica.seed != self.seed + chain:
+                    raise CheckpointError(
+                        f"expected the seed {self.seed + chain} in '{_beside(path, chain)}', found {replica.seed}: "
+                        "it belongs to another run"
+                    )
+            else:  # stopped before its turn
+                replica.seed = self.seed + chain
+
+    def _load(self, path: str | os.PathLike[str]) -> None:
+        """The state of this one replica."""
         content = read_checkpoint(path)
         missing = [key for key in _CHECKPOINT_KEYS if key not in content]
         if missing:
@@ -521,6 +699,7 @@ class DiffusionSampler:
         if different:
             raise CheckpointError(f"'{path}' was made with other settings ({'; '.join(different)})")
         self._loaded = content
+        self._verdict = None
         self.seed = content["seed"]
 
     def _restore(self, content: dict[str, Any], density: ModelDensity) -> None:
@@ -529,7 +708,7 @@ class DiffusionSampler:
             raise CheckpointError(f"the checkpoint belongs to a model with the sites {content['sites']}, not {sites}")
         to = {"dtype": density.dtype, "device": density.device}
         rounds = tuple(
-            Round(Draws(*(x.to(**to) for x in r["draws"])), r["weight"].to(**to), r["gamma"], r["num_guide"])
+            Round(_draws_on(r["draws"], to), r["weight"].to(**to), r["gamma"], r["num_guide"])
             for r in content["rounds"]
         )
         self._check_data(rounds, density)

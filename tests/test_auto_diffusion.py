@@ -28,6 +28,7 @@ from pyro_sm import (
     ModelRefusedError,
     PyroSMWarning,
 )
+from pyro_sm.nn.egnn import EGNN
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.sampling.flow import FlowSolver
 
@@ -804,3 +805,88 @@ def test_two_densities_agree():
     values = {name: trace.nodes[name]["value"][None] for name in ("scale", "weights")}
     latent = trace.nodes["_AutoDiffusion_latent"]["value"]
     torch.testing.assert_close(density.pack(values)[0], latent, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ rebasing
+
+
+def two_groups():
+    torch.manual_seed(3)
+    group = torch.arange(600) % 2
+    return 5.0 * (2 * group[:, None] - 1) + torch.tensor([1.0, 0.2, 0.5, 2.0]) * torch.randn(600, 4), group
+
+
+def test_a_guide_moves_to_draws_until_it_is_trained():
+    z, _ = two_groups()
+    guide = make_guide()
+    guide(DATA)
+    assert guide.rebase(z)
+    torch.testing.assert_close(guide.base_loc.detach(), z.mean(0), rtol=1e-4, atol=1e-4)
+    drawn, _ = guide.diffusion().draw(20_000)
+    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(z.T), rtol=0.1, atol=0.6)
+    perturb(guide)
+    before = guide.base_loc.clone()
+    assert not guide.rebase(z + 3)
+    assert torch.equal(guide.base_loc, before)
+
+
+def test_a_rebased_guide_has_the_modes_and_keeps_them_through_every_copy(tmp_path):
+    z, group = two_groups()
+    guide = make_guide()
+    guide(DATA)
+    assert guide.rebase(z, group)
+
+    def between(one):
+        """Draws between the groups: a normal law of their moments has many, a mixture none."""
+        torch.manual_seed(0)
+        return one.diffusion().draw(2000)[0]
+
+    drawn = between(guide)
+    assert float((drawn[:, 1].abs() < 3).float().mean()) < 0.01
+    torch.testing.assert_close(drawn[drawn[:, 1] > 0].std(0), z[group == 1].std(0), rtol=0.15, atol=0.03)
+    state = {name: value.clone() for name, value in guide.state_dict().items()}
+    torch.testing.assert_close(between(copy.deepcopy(guide)), drawn)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    plain = make_guide(name="plain")
+    plain(DATA)
+    assert plain.rebase(z)
+    assert float((between(plain)[:, 1].abs() < 3).float().mean()) > 0.2
+    plain.load_state_dict(state)
+    torch.testing.assert_close(between(plain), drawn)
+    fresh = make_guide(name="fresh")
+    fresh.load_state_dict(state)
+    fresh(DATA)
+    torch.testing.assert_close(between(fresh), drawn)
+    assert guide.rebase(z)  # without groups: the anchor goes
+    assert not any("anchor" in name for name in guide.state_dict())
+    assert not any(name.startswith("AutoDiffusion.anchor") for name in pyro.get_param_store())
+    guide.load_state_dict(state)
+    torch.testing.assert_close(between(guide), drawn)
+    guide.release()
+    assert not any(name.startswith("AutoDiffusion.") for name in pyro.get_param_store())
+
+
+def test_the_store_alone_brings_an_anchor_back(tmp_path):
+    z, group = two_groups()
+    guide = make_guide()
+    guide(DATA)
+    guide.rebase(z, group)
+    torch.manual_seed(0)
+    drawn = guide.diffusion().draw(50)[0]
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    other = make_guide()
+    other(DATA)
+    torch.manual_seed(0)
+    torch.testing.assert_close(other.diffusion().draw(50)[0], drawn)
+
+
+def test_a_symmetric_network_keeps_a_base_without_directions():
+    z, group = two_groups()
+    guide = AutoDiffusion(hierarchy, num_steps=8, architecture=EGNN(3, 2, width=8))
+    guide(DATA)
+    assert guide.rebase(z, group)
+    assert torch.equal(guide.base_loc, torch.zeros(4))
+    torch.testing.assert_close(guide.base_scale_tril.detach(), z.square().mean().sqrt() * torch.eye(4))
+    assert not any("anchor" in name for name in guide.state_dict())

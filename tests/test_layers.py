@@ -15,11 +15,11 @@ import pyro_sm
 ROOT = Path(pyro_sm.__file__).parent
 LAYERS = {
     "base": 0,
-    "noise": 1, "density": 1, "weights": 1, "divergence": 1, "stein": 1, "nn": 1, "mean_free": 1,
+    "noise": 1, "density": 1, "weights": 1, "divergence": 1, "stein": 1, "nn": 1, "mean_free": 1, "anchor": 1,
     "denoiser": 2, "sampling": 2, "targets": 2, "corrections": 2, "batch_and_match": 2, "laplace": 1,
     "model": 3, "examples": 3,
     "objectives": 4, "guides": 4, "diagnostics": 4,
-    "sampler": 5, "checkpoint": 5, "stopping": 5,
+    "sampler": 5, "checkpoint": 5, "stopping": 5, "replicas": 5,
     "__main__": 6, "demo": 6, "bench": 6, "": 6,
 }  # fmt: skip
 PLAIN_TORCH = 2  # the highest layer that must work without Pyro

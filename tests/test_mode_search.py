@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
-from pyro_sm.corrections.mode_search import MixtureStart, Modes, ModeSearch, ascended, precision_at
+from pyro_sm.corrections.mode_search import MixtureStart, Modes, ModeSearch, ascended, curvature_at
 from pyro_sm.corrections.tempered import TemperedSMC
 from pyro_sm.density import FunctionDensity, GaussianDensity, value_and_score
 from pyro_sm.targets import Funnel, GaussianMixture, ManyWell
@@ -106,17 +107,38 @@ def test_ascent_leaves_what_cannot_be_evaluated():
 def test_precision_of_a_normal_law(dtype):
     tril = (TRIL[0] * torch.tensor([[1.0], [0.01]])).to(dtype)
     density, scale = GaussianDensity(torch.zeros(2, dtype=dtype), tril), torch.tensor([2.0, 3.0], dtype=dtype)
-    found = precision_at(density, torch.zeros(2, dtype=dtype), scale)
+    found = curvature_at(density, torch.zeros(2, dtype=dtype), scale)
     expected = scale.double()[:, None] * torch.linalg.inv(tril.double() @ tril.double().T) * scale.double()
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.precision, expected, rtol=1e-2, atol=1e-2)
+    assert found.gain < 1e-3
+    away = tril @ torch.tensor([0.6, -0.8], dtype=dtype)
+    assert curvature_at(density, away, scale).gain == pytest.approx(0.5, rel=2e-2)
 
 
 def test_flat_and_convex_directions_have_the_width_of_the_start():
     density = FunctionDensity(lambda z: -z[:, 0].square() + z[:, 1].square(), 3, dtype=torch.float64)
-    found = precision_at(density, torch.zeros(3, dtype=torch.float64), torch.full((3,), 5.0, dtype=torch.float64))
-    torch.testing.assert_close(found, torch.diag(torch.tensor([50.0, 1.0, 1.0], dtype=torch.float64)))
+    found = curvature_at(density, torch.zeros(3, dtype=torch.float64), torch.full((3,), 5.0, dtype=torch.float64))
+    torch.testing.assert_close(found.precision, torch.diag(torch.tensor([50.0, 1.0, 1.0], dtype=torch.float64)))
     nowhere = FunctionDensity(lambda z: (-z[:, 0].abs()).sqrt(), 1)
-    assert precision_at(nowhere, torch.zeros(1), torch.ones(1)) is None
+    assert curvature_at(nowhere, torch.zeros(1), torch.ones(1)) is None
+
+
+def test_where_an_ascent_was_cut_off_is_no_mode():
+    torch.manual_seed(5)
+    density = FunctionDensity(log_prob, 2, dtype=torch.float64)
+    short = ModeSearch(num_ascents=256, max_steps=3).find(density, wide()).modes
+    ends, _ = ascended(density, wide().sample(256), torch.full((2,), 6.0, dtype=torch.float64), 3)
+    assert float(torch.cdist(ends, LOC).min(1).values.max()) > 2
+    assert short is None or float(torch.cdist(short.loc, LOC).min(1).values.max()) < 0.5
+
+
+def test_each_latent_belongs_to_the_mode_it_most_likely_comes_from():
+    modes = Modes(LOC, TRIL, WEIGHT.log())
+    z = 4 * torch.randn(200, 2, dtype=torch.float64)
+    laws = [MultivariateNormal(loc, scale_tril=tril) for loc, tril in zip(LOC, TRIL, strict=True)]
+    expected = torch.stack([w.log() + law.log_prob(z) for w, law in zip(WEIGHT, laws, strict=True)]).argmax(0)
+    assert torch.equal(modes.nearest(z), expected)
+    assert not torch.equal(torch.cdist(z, LOC).argmin(1), expected)
 
 
 def test_modes_of_a_mixture_are_found_and_fit():

@@ -104,7 +104,12 @@ def test_exchange_repairs_the_shares_of_modes_and_taking_everything_does_not():
 def test_seeds_are_draws_of_the_target_and_counted():
     torch.manual_seed(2)
     density = FunctionDensity(log_prob, 2)
-    particles = settings(4000).seeded(untrained(), density)
+    particles, mode = settings(4000).seeded(untrained(), density)
+    # Here the list of modes is that of the two sides.
+    assert sorted({tuple(row) for row in torch.stack([mode, (particles.z[:, 0] < 0).long()], 1).tolist()}) in (
+        [(0, 0), (1, 1)],
+        [(0, 1), (1, 0)],
+    )
     assert abs(float((particles.z[:, 0] < 0).float().mean()) - LEFT) < 0.08
     assert density.evaluations.density >= 4000 * 3
     assert torch.allclose(density.log_prob(particles.z), particles.log_p, atol=1e-5)

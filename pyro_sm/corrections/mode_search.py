@@ -6,8 +6,9 @@ tails of ``b`` all but vanish half-way, and no particle comes back to them. From
 at the modes there is no such half-way point.
 
 1. *Ascent* of ``log p̃`` by limited-memory BFGS from draws of ``b``, widened, in units of their spread.
-2. *Merging*: the end points with ``(z−m)ᵀ Σ⁻¹ (z−m) < 1`` around a higher one are one mode with it. ``Σ`` is
-   Laplace's, minus the inverse Hessian, its widths no larger than the spread of ``b``.
+2. *Merging*: the end points with ``(z−m)ᵀ Σ⁻¹ (z−m) < 4`` around a higher one are one mode with it, as two equal
+   normal laws no farther apart are. ``Σ`` is Laplace's, minus the inverse Hessian, its widths no larger than the
+   spread of ``b``.
 3. ``w``: half in proportion to Laplace's ``p̃(m_k) |2π Σ_k|^{½}``, half in equal parts, for Laplace may be far off.
 
 Where modes are too many to list, or not normal (shells, funnels), ``b'`` is no better than ``b``: the effective share
@@ -33,6 +34,8 @@ from pyro_sm.weights import effective_sample_size, systematic
 _MEMORY = 10
 _SUFFICIENT = 1e-4  # of the predicted gain: Armijo's condition
 _ARRIVED = 1e-3  # nats that the next step is predicted to gain
+_STILL_CLIMBING = 0.1  # nats to be gained yet: where an ascent was cut off is no mode
+_APART = 4.0  # squared distance of two modes, in widths
 _NORMAL_IQR = 1.349  # interquartile range of N(0, 1)
 
 
@@ -42,6 +45,22 @@ class Modes(NamedTuple):
     loc: Tensor
     scale_tril: Tensor
     log_weight: Tensor
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Which law (N,) each latent (N, D) most likely comes from."""
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        found = []
+        for k in range(len(self.loc)):
+            white = torch.linalg.solve_triangular(self.scale_tril[k], (z - self.loc[k]).T, upper=False)
+            found.append(self.log_weight[k] - log_det[k] - 0.5 * white.square().sum(0))
+        return torch.stack(found).argmax(0)
+
+
+class Search(NamedTuple):
+    """What was found: the ``start`` to anneal from, and the ``modes``, None where they cannot be listed."""
+
+    start: Start
+    modes: Modes | None
 
 
 class MixtureStart:
@@ -158,8 +177,16 @@ def ascended(
     return z, log_p
 
 
-def precision_at(density: Density, z: Tensor, scale: Tensor) -> Tensor | None:
-    """Minus the Hessian at ``z`` (D,) in units of ``scale`` (D,), eigenvalues raised to 1: (D, D), float64.
+class Curvature(NamedTuple):
+    """``precision`` (D, D): minus the Hessian, eigenvalues raised to 1. ``gain``: ``½ gᵀ precision⁻¹ g``, nats, what
+    the next Newton step is predicted to gain; nothing at a mode."""
+
+    precision: Tensor
+    gain: float
+
+
+def curvature_at(density: Density, z: Tensor, scale: Tensor) -> Curvature | None:
+    """The curvature at ``z`` (D,) in units of ``scale`` (D,), float64.
 
     By central differences of 4D scores: the first 2D find the widths that the steps of the others are small beside.
     None if a score is not finite.
@@ -167,15 +194,18 @@ def precision_at(density: Density, z: Tensor, scale: Tensor) -> Tensor | None:
     dim, relative = len(z), 1e-4 if z.dtype == torch.float64 else 1e-2
     step = torch.full_like(z, relative)
     curvature = torch.zeros(dim, dim, dtype=torch.float64, device=z.device)
+    gradient = curvature[0]
     for _ in range(2):
         offset = torch.diag(step * scale)
         _, score = density.log_prob_and_score(torch.cat([z + offset, z - offset]))
         curvature = -((score[:dim] - score[dim:]) * scale).double() / (2 * step.double().unsqueeze(-1))
+        gradient = (score * scale).double().mean(0)
         if not bool(torch.isfinite(curvature).all()):
             return None
         step = relative * curvature.diagonal().clamp(min=1.0).rsqrt().to(z)
     value, vector = torch.linalg.eigh((curvature + curvature.T) / 2)
-    return (vector * value.clamp(min=1.0)) @ vector.T
+    value = value.clamp(min=1.0)
+    return Curvature((vector * value) @ vector.T, 0.5 * float(((gradient @ vector).square() / value).sum()))
 
 
 @dataclass(frozen=True)
@@ -213,9 +243,13 @@ class ModeSearch:
         if not 0 <= self.min_effective_share <= 1:
             raise ValueError(f"expected min_effective_share in [0, 1], found {self.min_effective_share}")
 
-    @torch.no_grad()
     def run(self, density: Density, start: Start, *, progress: Callable[[], None] | None = None) -> Start:
-        """``b'``, or ``start`` as it is if there are too many modes, none, or ``b'`` does not fit.
+        """The start that :meth:`find` finds."""
+        return self.find(density, start, progress=progress).start
+
+    @torch.no_grad()
+    def find(self, density: Density, start: Start, *, progress: Callable[[], None] | None = None) -> Search:
+        """``b'`` and the modes; with ``start`` as it is if there are too many modes, none, or ``b'`` does not fit.
 
         ``progress`` is called after every step of the ascents and every mode.
         """
@@ -226,13 +260,13 @@ class ModeSearch:
         begin = loc.to(z) + self.widening * (z - loc.to(z))
         modes = self._merged(density, *ascended(density, begin, scale, self.max_steps, progress), scale, progress)
         if modes is None:
-            return start
+            return Search(start, None)
         mixture = MixtureStart(start, modes, self.start_share)
         z = mixture.sample(self.num_ascents)
         log_w = density.log_prob(z) - mixture.log_prob_and_score(z)[0]
         log_w = torch.nan_to_num(log_w, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
         fits = effective_sample_size(log_w) >= self.min_effective_share * len(z)
-        return mixture if fits else start
+        return Search(mixture if fits else start, modes)
 
     def _merged(
         self, density: Density, z: Tensor, log_p: Tensor, scale: Tensor, progress: Callable[[], None] | None
@@ -245,13 +279,14 @@ class ModeSearch:
                 return None
             best = int(torch.where(left, log_p, -math.inf).argmax())
             left[best] = False
-            precision = precision_at(density, z[best], scale)
+            curvature = curvature_at(density, z[best], scale)
             if progress is not None:
                 progress()
-            if precision is None:
+            if curvature is None or curvature.gain > _STILL_CLIMBING:
                 continue
+            precision = curvature.precision
             offset = ((z - z[best]) / scale).double()
-            left = left & (((offset @ precision) * offset).sum(-1) >= 1)
+            left = left & (((offset @ precision) * offset).sum(-1) >= _APART)
             found.append((best, precision))
         if not found:
             return None

@@ -7,19 +7,34 @@ from pyro_sm.diagnostics.benchmark_plots import (
     plot_error_against_evaluations,
     plot_samples_over_contours,
 )
+from pyro_sm.diagnostics.check import check, check_guide
 from pyro_sm.diagnostics.export import KHAT_THRESHOLD, Provenance, draws_to_arviz, to_arviz
 from pyro_sm.diagnostics.goodness_of_fit import GoodnessOfFit, stein_goodness_of_fit
-from pyro_sm.diagnostics.guide_draws import WeightedGuide, draw_from_guide
+from pyro_sm.diagnostics.guide_draws import WeightedGuide, draw_from_guide, guide_log_weight
 from pyro_sm.diagnostics.plots import plot_khat, plot_raw_vs_weighted, plot_training
+from pyro_sm.diagnostics.probe import Probe, Probed
 from pyro_sm.diagnostics.summary import summary_table
+from pyro_sm.diagnostics.verdict import Findings, Reason, Thresholds, Trust, TrustWarning, Verdict, judge
 
 __all__ = [
     "KHAT_THRESHOLD",
+    "Findings",
     "GoodnessOfFit",
+    "Probe",
+    "Probed",
     "Provenance",
+    "Reason",
+    "Thresholds",
+    "Trust",
+    "TrustWarning",
+    "Verdict",
     "WeightedGuide",
+    "check",
+    "check_guide",
     "draw_from_guide",
     "draws_to_arviz",
+    "guide_log_weight",
+    "judge",
     "plot_against_dimension",
     "plot_energies",
     "plot_error_against_evaluations",

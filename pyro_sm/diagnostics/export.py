@@ -18,9 +18,10 @@ in ``arviz_base``. The same groups are written in both:
 Attributes of ``posterior`` say whether to trust it (``pareto_khat``, ``importance_ess`` as a share of the raw
 draws, ``log_evidence`` and ``log_evidence_se`` in nats) and how it came about.
 
-The draws are independent, then resampled; they are dealt to ``num_chains`` chains in random order because
-ArviZ's functions want chains. So R̂ is 1 by construction, and ArviZ's ``ess_bulk`` counts repeated draws as if
-they were new: ``importance_ess`` times ``num_raw_draws`` is the number to believe.
+Of one guide the draws are independent, then resampled; they are dealt to ``num_chains`` chains in random order
+because ArviZ's functions want chains. So R̂ is 1 by construction, and ArviZ's ``ess_bulk`` counts repeated draws as if
+they were new: ``importance_ess`` times ``num_raw_draws`` is the number to believe. Of several replicas
+(``num_replicas``) every chain is one, and R̂ compares them.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ import torch
 from torch import Tensor
 
 import pyro_sm
-from pyro_sm.base import Draws, Evaluations, PyroSMWarning, RoundInfo
+from pyro_sm.base import Draws, Evaluations, RoundInfo
 from pyro_sm.corrections import Correction, ImportanceResampling
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
+from pyro_sm.diagnostics.verdict import Trust, TrustWarning, Verdict
 from pyro_sm.model import ModelDensity
 from pyro_sm.model_trace import isolated_rng, prior_trace
 from pyro_sm.weights import effective_sample_size, evidence, pareto_smooth
@@ -83,6 +85,8 @@ def draws_to_arviz(
     num_chains: int = 4,
     correction: Correction = _DEFAULT_CORRECTION,
     history: Sequence[RoundInfo] = (),
+    verdict: Verdict | None = None,
+    num_replicas: int = 1,
     predictive: bool = True,
     log_likelihood: bool = True,
     prior: bool = True,
@@ -98,6 +102,9 @@ def draws_to_arviz(
         num_chains: how many chains they are dealt to; divides ``num_samples``.
         correction: how draws are chosen from the pool.
         history: rounds of training.
+        verdict: recorded with all its findings; ``check`` of the export then comes to it again.
+        num_replicas: how many guides the draws come from; if more than one, the pool holds as many draws of each, one
+            after the other, and the correction keeps that order, so that chains are replicas.
         predictive: whether to draw ``posterior_predictive``.
         log_likelihood: whether to compute ``log_likelihood`` (``num_samples`` × size of the data numbers).
         prior: whether to draw ``prior``.
@@ -109,14 +116,17 @@ def draws_to_arviz(
         ImportError: the line of ArviZ asked for is not installed.
 
     Warns:
-        PyroSMWarning: k̂ is above 0.7, so the weights cannot be trusted.
+        TrustWarning: k̂ is above 0.7, so the weights cannot be trusted, or the verdict says not to trust them.
     """
     if num_chains < 1 or num_samples % num_chains:
         raise ValueError(f"expected num_chains to divide num_samples={num_samples}, found {num_chains}")
     legacy = installed_arviz_is_legacy() if legacy is None else legacy
     index = correction.apply(draws, num_samples)
     attributes = _attributes(draws, correction, provenance, legacy)
-    _warn_if_untrusted(attributes["pareto_khat"], attributes["importance_ess"])
+    _warn_if_untrusted(attributes["pareto_khat"], attributes["importance_ess"], verdict)
+    attributes |= {"num_replicas": num_replicas} if num_replicas > 1 else {}
+    if verdict is not None:
+        attributes |= {"verdict": verdict.level.words, **verdict.findings.attributes()}
     with torch.no_grad():
         groups = _posterior_groups(density, draws, index, num_chains, log_likelihood)
         if predictive and density.observed:
@@ -142,6 +152,7 @@ def to_arviz(
     correction: Correction = _DEFAULT_CORRECTION,
     objective: object = None,
     seed: int | None = None,
+    verdict: Verdict | None = None,
     **kwargs: Any,
 ) -> Any:
     """A trained guide as ArviZ data: :func:`draws_to_arviz` on a pool of fresh draws.
@@ -159,6 +170,7 @@ def to_arviz(
         objective: what trained the guide: its name, or the object itself. If it counted its evaluations
             (``objective.evaluations``), these are recorded, else those of this export.
         seed: recorded, not used.
+        verdict: of ``check_guide``, recorded.
         **kwargs: what the model is called with, by name.
 
     Raises:
@@ -166,7 +178,7 @@ def to_arviz(
         ValueError: the draws cannot be corrected (see the correction).
 
     Warns:
-        PyroSMWarning: k̂ is above 0.7, so the weights cannot be trusted.
+        TrustWarning: k̂ is above 0.7, so the weights cannot be trusted, or the verdict says not to trust them.
     """
     density = ModelDensity(model, args, kwargs)
     draws = draw_from_guide(guide, density, 4 * num_samples if pool is None else pool, args, kwargs)
@@ -188,6 +200,7 @@ def to_arviz(
         num_chains=chains,
         correction=correction,
         provenance=provenance,
+        verdict=verdict,
     )
 
 
@@ -206,7 +219,10 @@ def installed_arviz_is_legacy() -> bool:
     raise ImportError("exporting results needs ArviZ: pip install arviz")
 
 
-def _warn_if_untrusted(khat: float, share: float) -> None:
+def _warn_if_untrusted(khat: float, share: float, verdict: Verdict | None) -> None:
+    if verdict is not None and verdict.level is Trust.DISTRUST:
+        warnings.warn(f"do not trust these draws: {verdict.reasons[0].finding}", TrustWarning, stacklevel=3)
+        return
     if math.isinf(khat) and khat > 0:
         what = "Pareto k̂ could not be estimated: too few draws have a weight."
     elif khat > KHAT_THRESHOLD:
@@ -217,7 +233,7 @@ def _warn_if_untrusted(khat: float, share: float) -> None:
         f"{what} The guide misses part of the posterior (effective sample size: {share:.2%} of the raw "
         "draws), so do not trust averages, intervals, or the evidence and its error. Train longer, use a "
         "more flexible or wider guide, or reparametrise the model; more draws of this guide hardly help.",
-        PyroSMWarning,
+        TrustWarning,
         stacklevel=3,
     )
 

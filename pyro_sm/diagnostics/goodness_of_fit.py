@@ -123,6 +123,12 @@ def stein_goodness_of_fit(
     return GoodnessOfFit(found.p_value, found.u, found.v, len(z), flip, found.kernel)
 
 
+def stein_p_value(density: ModelDensity, z: Tensor) -> float:
+    """p-value of the test, with its defaults, for independent latents (N, D), N ≥ 10; one gradient each."""
+    chains, score = _scored(z[None], density)
+    return stein_test(*_whitened(chains[0], score[0]), IMQ()).p_value
+
+
 def _site_values(source: Any, density: ModelDensity) -> Mapping[str, Tensor] | None:
     """Draws (chains, draws, \\*site) by site, or ``None`` if ``source`` has to be drawn from."""
     if isinstance(source, Mapping) and not hasattr(source, "posterior"):  # a DataTree is a mapping too

@@ -14,7 +14,7 @@ and the log weight of a draw is ``log p̃(z) − log q(z)``. Three kinds of guid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyro
@@ -23,9 +23,12 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
+from torch.distributions import biject_to
 
-from pyro_sm.base import Density, Draws
+from pyro_sm.base import Density, DiffusionGuide, Draws, PathGuide
+from pyro_sm.diagnostics.probe import process_log_weight
 from pyro_sm.model import ModelDensity
+from pyro_sm.sampling.defensive import default_defence
 
 _CHUNK = 4096
 _CHECKS = 32
@@ -121,12 +124,77 @@ def _draw_traced(
     if sampled is None:
         sampled = _sample_one_by_one(guide, density, n, args, kwargs)
     z = density.pack(sampled.values)
-    log_q = sampled.log_q
+    return z, sampled.log_q + _log_jacobian(density, z)
+
+
+def _log_jacobian(density: ModelDensity, z: Tensor) -> Tensor:
+    """``Σ_s log |det dT_s/dz_s|`` (n,) of latents (n, D)."""
+    total = torch.zeros_like(z[:, 0])
     for site in density.sites:
-        latent = z[:, site.start : site.stop].reshape(n, *site.unconstrained_shape)
+        latent = z[:, site.start : site.stop].reshape(len(z), *site.unconstrained_shape)
         jacobian = site.transform.log_abs_det_jacobian(latent, site.transform(latent))
-        log_q = log_q + jacobian.reshape(n, -1).sum(1)
-    return z, log_q
+        total = total + jacobian.reshape(len(z), -1).sum(1)
+    return total
+
+
+@torch.no_grad()
+def guide_log_weight(
+    guide: Callable[..., Any],
+    density: ModelDensity,
+    z: Tensor,
+    log_p: Tensor,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Tensor | None:
+    """The log weights (n,), nats, that ``guide`` gives to any latents, as :func:`draw_from_guide` to its own draws.
+
+    Args:
+        guide: of any kind at the head of this file; a diffusion with its default wide component.
+        density: the model with its data.
+        z: the latents (n, D), inside the support.
+        log_p: their log density (n,), nats.
+        args: what the guide is called with.
+        kwargs: the same, by name.
+
+    Returns:
+        None if the guide has no density there that can be evaluated (auxiliary latents, a flow without an inverse).
+    """
+    kwargs = dict(kwargs or {})
+    if isinstance(guide, DiffusionGuide):
+        process = guide.diffusion(tuple(args), kwargs)
+        return process_log_weight(process, density, default_defence(density), z, log_p)
+    if isinstance(guide, PathGuide):
+        return log_p - guide.latent_log_prob(z, tuple(args), kwargs)
+    if isinstance(guide, WeightedGuide):
+        return None
+    if isinstance(guide, AutoContinuous):
+        try:
+            return log_p - guide.get_posterior(*args, **kwargs).log_prob(z)
+        except NotImplementedError:
+            return None
+    log_q = [_traced_log_q(guide, row, args, kwargs) for row in _site_rows(density, z)]
+    known = [value for value in log_q if value is not None]
+    return None if len(known) < len(log_q) else log_p - torch.stack(known) - _log_jacobian(density, z)
+
+
+def _site_rows(density: ModelDensity, z: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Values by site of one latent after the other; also those of the auxiliary sites of ``AutoNormal``."""
+    values = density.unpack(z)
+    free = {f"{s.name}_unconstrained": biject_to(s.support).inv(values[s.name]) for s in density.sites}
+    for i in range(len(z)):
+        yield {name: value[i] for name, value in {**values, **free}.items()}
+
+
+def _traced_log_q(
+    guide: Callable[..., Any], row: dict[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """``log q`` () in constrained space of one draw's values, or None if something else in the guide is random."""
+    sites = _sample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+    # A Delta recomputes its value from what it depends on; conditioned on one a rounding error away it has density 0.
+    given = {name: row[name] for name, site in sites.items() if name in row and not _is_point(site["fn"])}
+    if any(name not in given and not _is_point(site["fn"]) for name, site in sites.items()):
+        return None
+    return _log_q(_sample_sites(poutine.trace(poutine.condition(guide, data=given)).get_trace(*args, **kwargs)), 1)[0]
 
 
 def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:

@@ -8,7 +8,8 @@ denoiser (``sampling/flow.py``). Before training it is its Gaussian base ``N(m, 
 All parameters live in the param store under the guide's name, so that ``param_store.save`` and ``load`` carry them:
 ``network_weights`` (the whole network as one vector: one store access per call), ``base_loc``, ``base_scale_tril``,
 ``start_loc``, ``log_start_scale``, ``log_variance_factor`` and ``ratios``. A reverse-KL objective (``Trace_ELBO``)
-trains all but the last by gradient; score matching trains the network, and refits the last four.
+trains all but the last by gradient; score matching trains the network, and refits the last four. A guide that was
+moved to several modes (:meth:`AutoDiffusion.rebase`) also has an ``anchor_…``, which nothing trains.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyro_sm.anchor import Anchor, fit_anchor
 from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.denoiser import Denoiser
-from pyro_sm.guides.bases import Base, PriorBase
+from pyro_sm.guides.bases import Base, PriorBase, moments_of
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.model import ModelDensity
 from pyro_sm.model_cache import Cache, bound_density
@@ -59,6 +61,8 @@ _PARAMETERS = (
     "log_variance_factor",
     "ratios",
 )
+# There only after a rebase to several modes, in the order of Anchor's fields.
+_ANCHOR = ("anchor_log_weight", "anchor_loc", "anchor_values", "anchor_vectors")
 # Which guide a store entry belongs to: Pyro hands a second guide of the same name the first one's tensors silently.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -255,7 +259,7 @@ class AutoDiffusion(AutoContinuous):
     def release(self) -> None:
         """Take this guide's parameters out of the param store, so that another guide may have the names."""
         store = pyro.get_param_store()
-        for name in _PARAMETERS:
+        for name in (*_PARAMETERS, *_ANCHOR):
             full_name = f"{self._pyro_name}.{name}"
             mine = self._parameters.get(f"{name}_unconstrained")
             if mine is not None and full_name in store and store._params[full_name] is mine:
@@ -321,7 +325,8 @@ class AutoDiffusion(AutoContinuous):
             self.start_loc,
             self.log_start_scale.exp(),
         )
-        denoiser = Denoiser(self._network(self.network_weights), self._context(args, kwargs or {}))
+        network = self._network(self.network_weights)
+        denoiser = Denoiser(network, self._context(args, kwargs or {}), self._anchor())
         return Diffusion(denoiser, kernels, base_loc, self.base_scale_tril.tril(), self.solver)
 
     @pyro_method
@@ -356,6 +361,50 @@ class AutoDiffusion(AutoContinuous):
             self.log_start_scale.copy_(kernels.start_scale.log())
             self.log_variance_factor.copy_(kernels.variance_factor.log())
             self.ratios.copy_(kernels.ratios)
+
+    @pyro_method
+    def rebase(self, z: Tensor, group: Tensor | None = None, args: Args = (), kwargs: Kwargs | None = None) -> bool:
+        """Move the base to the moments of equally weighted latents ``z`` (N, D); False, and nothing, once trained.
+
+        With a ``group`` (N,) for each of them, the guide becomes a mixture of normal laws at the groups: its anchor.
+        The network's input and output are relative to both: what it has learned would mean something else.
+        """
+        with torch.no_grad():
+            process = self.diffusion(args, kwargs)
+            level = torch.zeros(1, dtype=z.dtype, device=z.device)
+            learned = self._network(self.network_weights)(z[:8], level, process.denoiser.context)
+            if bool((learned != 0).any()):
+                return False
+            loc, scale_tril = moments_of(z, isotropic=self.architecture.isotropic)
+            kernels = gaussian_kernels(process.ratios, process.dim)
+            self.base_loc.copy_(loc)
+            self.base_scale_tril.copy_(scale_tril)
+            self.start_loc.copy_(kernels.start_loc)
+            self.log_start_scale.copy_(kernels.start_scale.log())
+            self.log_variance_factor.copy_(kernels.variance_factor.log())
+            self._drop_anchor()
+            if group is not None and not self.architecture.isotropic:
+                anchor = fit_anchor(self.diffusion(args, kwargs).to_white(z), group)
+                if anchor is not None:
+                    self._register(dict(zip(_ANCHOR, anchor, strict=True)))
+        return True
+
+    def _drop_anchor(self) -> None:
+        store = pyro.get_param_store()
+        for name in _ANCHOR:
+            if name in self._pyro_params:
+                if f"{self._pyro_name}.{name}" in store:
+                    del store[f"{self._pyro_name}.{name}"]
+                delattr(self, name)
+
+    def _anchor(self) -> Anchor | None:
+        if _ANCHOR[0] not in self._pyro_params:
+            store = pyro.get_param_store()
+            held = {name: f"{self._pyro_name}.{name}" for name in _ANCHOR}
+            if not all(full_name in store for full_name in held.values()):
+                return None
+            self._register({name: store[full_name] for name, full_name in held.items()})  # a store that was loaded
+        return Anchor(*(getattr(self, name).detach() for name in _ANCHOR))
 
     def draw_weighted(
         self,
@@ -450,7 +499,15 @@ class AutoDiffusion(AutoContinuous):
     # -- saving and copying ------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; on a guide that was never called, the parameters are created from the state's shapes."""
+        """As in torch; on a guide that was never called, the parameters are created from the state's shapes.
+
+        So is an anchor, and one that the state has not is dropped.
+        """
+        self._drop_anchor()
+        for name in _ANCHOR:
+            if f"{name}_unconstrained" in state_dict:
+                value = state_dict[f"{name}_unconstrained"].detach().clone()
+                setattr(self, name, PyroParam(value, constraints.real))
         if not self._has_parameters():
             values = {name: state_dict[f"{name}_unconstrained"] for name in _PARAMETERS}
             weights, loc = values["network_weights"], values["base_loc"]

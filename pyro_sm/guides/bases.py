@@ -31,6 +31,24 @@ class LocScale(NamedTuple):
     scale_tril: Tensor
 
 
+def moments_of(z: Tensor, *, isotropic: bool = False) -> LocScale:
+    """Mean and covariance of draws ``z`` (N, D), the latter drawn towards its diagonal by ``D/(D + N)``.
+
+    ``isotropic``: one variance for all latents, and the centre of nothing but the origin: what a symmetric network
+    needs of its base.
+    """
+    num_draws, dim = z.shape
+    if isotropic:
+        scale = z.double().square().mean().sqrt().to(z)
+        return LocScale(torch.zeros_like(z[0]), scale * torch.eye(dim, dtype=z.dtype, device=z.device))
+    wide = z.double()
+    covariance = torch.atleast_2d(torch.cov(wide.T, correction=0))
+    diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
+    share = dim / (dim + num_draws)
+    tril = torch.linalg.cholesky((1 - share) * covariance + share * diagonal)
+    return LocScale(wide.mean(0).to(z), tril.to(z))
+
+
 class Base(Protocol):
     """A way to choose the Gaussian base for a density."""
 

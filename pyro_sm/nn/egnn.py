@@ -148,6 +148,11 @@ class EGNN:
         if self.num_particles < 2 or min(self.space_dim, self.width, self.depth, self.num_bumps) < 1:
             raise ValueError(f"expected two particles or more and positive counts, found {self}")
 
+    @property
+    def isotropic(self) -> bool:
+        """Yes: else turning the particles would turn them into others."""
+        return True
+
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
         """The network."""
         expected = (self.num_particles - 1) * self.space_dim

@@ -109,6 +109,11 @@ class ResidualMLP(nn.Module):
 class Architecture(Protocol):
     """A choice of network, before the sizes are known."""
 
+    @property
+    def isotropic(self) -> bool:
+        """Whether it counts on a base that is the same in all directions."""
+        ...
+
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
         """A module ``(x (B, dim), c (B,) or (1,), context or None) -> (B, out_dim)``, zero at the start.
 
@@ -123,6 +128,11 @@ class MLP:
 
     width: int = 128
     depth: int = 3
+
+    @property
+    def isotropic(self) -> bool:
+        """No."""
+        return False
 
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
         """The network."""

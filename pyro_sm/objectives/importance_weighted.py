@@ -173,7 +173,9 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             process = guide.diffusion(args, kwargs)
             if particles is None:
                 before = density.evaluations.density
-                particles = settings.seeded(process, density, self.on_seeding)
+                particles, mode = settings.seeded(process, density, self.on_seeding)
+                if settings.rebase:
+                    guide.rebase(particles.z, mode, args, kwargs)
                 self.state = self.state._replace(seeding=self.state.seeding + density.evaluations.density - before)
                 return particles
             share = 1 - new.num_guide / len(new.draws.z)
@@ -234,6 +236,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
                 new = self._collect(diffusion_guide, density, args, kwargs)
                 particles = self._populate(diffusion_guide, new, density, args, kwargs)
                 self.state = self._after_round(new, density, particles)
+                process = diffusion_guide.diffusion(args, kwargs)  # what was refitted is not in the old one
         buffer = self.state.buffer
         if self._bound is not None and (self._bound[0] is not guide or self._bound[1] is not density):
             buffer = Buffer()  # a look at another guide or other data, which the rounds say nothing about

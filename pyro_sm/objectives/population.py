@@ -7,7 +7,7 @@ with weights that look good in the end. So the training data come from elsewhere
 
 1. *Seeding.* Tempered sequential Monte Carlo from the prior (or the base), mixed with normal laws at the modes if a
    search can list them, leaves M particles that are draws of the target, nearly; their shares of the modes are as
-   good as resampling left them.
+   good as resampling left them. An untrained guide moves its base to them.
 2. *Exchange.* In every round each particle is offered one of the round's weighted draws, and takes it with
    probability ``min(1, w'/w)``: independent Metropolis on path space, where ``w`` of a particle is that of a freshly
    noised path from it. This is exact whatever the sampler; when it fits, shares are corrected, without any damping.
@@ -49,6 +49,13 @@ class Particles(NamedTuple):
     step_size: Tensor
 
 
+class Seeds(NamedTuple):
+    """The first ``particles``, and the ``mode`` (M,) that each is nearest to; None where modes cannot be listed."""
+
+    particles: Particles
+    mode: Tensor | None
+
+
 @dataclass(frozen=True)
 class Population:
     """Settings of the population.
@@ -63,6 +70,8 @@ class Population:
             for always. k̂ says how far the weights are from having a mean; unlike the effective sample size of a round
             without a usable draw, it varies little from seed to seed.
         min_gamma: rounds with a damping exponent below this do not join the training data.
+        rebase: whether an untrained guide moves its base to the first particles. A base far wider than the posterior
+            spends the network, and its levels, on finding it.
 
     Raises:
         ValueError: a count that is not positive, ``min_khat`` NaN, ``min_gamma`` outside [0, 1], or a seeding with
@@ -78,6 +87,7 @@ class Population:
     modes: ModeSearch | None = field(default_factory=ModeSearch)
     min_khat: float = 8.0
     min_gamma: float = 0.7
+    rebase: bool = True
 
     def __post_init__(self) -> None:
         if min(self.num_particles, self.num_moves) < 1:
@@ -103,7 +113,7 @@ class Population:
 
     def seeded(
         self, process: DiffusionProcess, density: Density, progress: Callable[[float], None] | None = None
-    ) -> Particles:
+    ) -> Seeds:
         """The first particles, by tempered sequential Monte Carlo from the prior, or from the base if there is none.
 
         ``progress`` is told of every β reached, and of 0 while modes are sought; it may raise to stop.
@@ -116,12 +126,13 @@ class Population:
             if progress is not None:
                 progress(beta)
 
-        start = _start(process, density)
+        start, modes = _start(process, density), None
         if self.modes is not None:
-            start = self.modes.run(density, start, progress=lambda: tell(0.0))
+            start, modes = self.modes.find(density, start, progress=lambda: tell(0.0))
         found = self.seeding.run(density, start, progress=lambda temperature: tell(temperature.beta))
         step = torch.as_tensor(found.history[-1].step_size, dtype=found.z.dtype, device=found.z.device)
-        return Particles(found.z, found.log_p, found.score, step)
+        particles = Particles(found.z, found.log_p, found.score, step)
+        return Seeds(particles, None if modes is None else modes.nearest(found.z))
 
     def exchanged(
         self,

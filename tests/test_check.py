@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdict on guides, samplers and files: good ones are trusted, lost modes are not, whatever k̂ says."""
+
+import importlib.util
+import math
+import warnings
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from test_sampler import DATA, hierarchy, make, trained
+
+from pyro_sm import (
+    AutoDiffusion,
+    GivenBase,
+    ModelDensity,
+    Probe,
+    StoppingRule,
+    Trust,
+    TrustWarning,
+    WideComponent,
+    check,
+    check_guide,
+    to_arviz,
+)
+from pyro_sm.base import RoundInfo
+from pyro_sm.corrections import IndependentMetropolis, PriorStart, TemperedSMC
+from pyro_sm.diagnostics import Findings, draw_from_guide, guide_log_weight
+from pyro_sm.diagnostics.check import chain_findings, pool_findings, training_findings
+from pyro_sm.examples.improper import factor_model
+from pyro_sm.nn.mlp import MLP
+from pyro_sm.targets import UnequalModes
+
+HAS_LINE_1 = importlib.util.find_spec("arviz_base") is not None
+LINES = [
+    pytest.param(True, id="arviz 0"),
+    pytest.param(False, id="arviz 1", marks=pytest.mark.skipif(not HAS_LINE_1, reason="needs arviz-base")),
+]
+BROKEN = Probe(TemperedSMC(64, max_temperatures=1), modes=None)
+Y = torch.tensor(1.2)
+
+
+def positive(y):
+    """One latent that needs a transform: Gamma(3, 2) times a Gaussian likelihood of its logarithm."""
+    s = pyro.sample("s", dist.Gamma(3.0, 2.0))
+    pyro.sample("y", dist.Normal(s.log(), 2.0), obs=y)
+
+
+def gamma_guide(shape, rate):
+    def guide(y):
+        pyro.sample("s", dist.Gamma(shape, rate))
+
+    return guide
+
+
+def two_modes():
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 4.0).to_event(1))
+    parts = [dist.Normal(torch.tensor(c), 0.5).log_prob(x).sum(-1) for c in ([3.0, 3.0], [-3.0, 3.0])]
+    pyro.factor("likelihood", torch.logaddexp(parts[0] + math.log(0.7), parts[1] + math.log(0.3)))
+
+
+def two_modes_guide(*weights):
+    loc = torch.tensor([[3.0, 3.0], [-3.0, 3.0]])[: len(weights)]
+
+    def guide():
+        parts = dist.Independent(dist.Normal(loc, 0.55), 1)
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor(weights)), parts))
+
+    return guide
+
+
+def judged(model, guide, *args, **options):
+    return check_guide(model, guide, *args, **{"disable_progbar": True, "num_draws": 4000, **options})
+
+
+# --------------------------------------------------------------------------------------------------------- guides
+
+
+def test_a_good_guide_is_trusted_and_a_lost_mode_is_not():
+    good = judged(two_modes, two_modes_guide(0.5, 0.5), stein_draws=200)
+    assert good.level is Trust.TRUST, str(good)
+    assert good.findings.stein_p is not None
+    lost = judged(two_modes, two_modes_guide(1.0), stein_draws=200)
+    assert lost.level is Trust.DISTRUST
+    assert lost.findings.khat < 0.7 < lost.findings.ess / 4000
+    assert lost.findings.unknown == pytest.approx(0.3, abs=0.1)
+    assert lost.findings.probe_gap == pytest.approx(-math.log(0.7), abs=0.15)
+    blind = judged(two_modes, two_modes_guide(1.0), probe=None)
+    assert all(r.level is Trust.TRUST for r in blind.reasons if "nothing has looked elsewhere" not in r.finding)
+    assert blind.level is Trust.CARE
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wrong_shares_that_the_weights_repair_are_trusted(seed):
+    found = judged(two_modes, two_modes_guide(0.1, 0.9), seed=seed, num_draws=16_000)
+    assert found.level is Trust.TRUST, str(found)
+
+
+def test_too_few_draws_and_heavy_weights():
+    few = judged(two_modes, two_modes_guide(0.5, 0.5), num_draws=300)
+    assert few.level is Trust.CARE
+    heavy = judged(positive, gamma_guide(30.0, 20.0), Y)
+    assert heavy.level is Trust.DISTRUST
+    assert any("k̂" in reason.finding and reason.level is Trust.DISTRUST for reason in heavy.reasons)
+
+
+def test_a_broken_probe_leaves_at_most_care():
+    found = judged(two_modes, two_modes_guide(0.5, 0.5), probe=BROKEN)
+    assert found.level is Trust.CARE
+    assert "failed" in found.reasons[0].finding
+
+
+@pytest.mark.parametrize("auto", [AutoNormal, AutoMultivariateNormal])
+def test_pyros_gaussians_on_sixteen_modes_are_not_trusted(auto):
+    """Their k̂ and effective share are excellent, and fifteen modes are missing."""
+    target = UnequalModes(8)
+    model = factor_model(target.log_prob, 8)
+    guide = auto(model, init_loc_fn=lambda site: torch.tensor([3.0, -3.0, 3.0, 3.0, 0, 0, 0, 0]))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO())
+    for _ in range(300):
+        svi.step()
+    found = judged(model, guide)
+    assert found.level is Trust.DISTRUST
+    assert found.findings.khat < 0.7
+    assert found.findings.unknown == pytest.approx(1 - 0.8**3 * 0.2, abs=0.05)
+
+
+def test_the_probe_can_be_used_again():
+    density = ModelDensity(two_modes, (), {})
+    probed = Probe().run(density, PriorStart(density))
+    good = judged(two_modes, two_modes_guide(0.5, 0.5), probe=probed)
+    lost = judged(two_modes, two_modes_guide(1.0), probe=probed)
+    assert (good.level, lost.level) == (Trust.TRUST, Trust.DISTRUST)
+    assert good.findings.probe_density_evaluations == density.evaluations.density
+
+
+def test_checking_leaves_the_generators_alone():
+    before = torch.get_rng_state()
+    options = {"num_draws": 500, "probe": Probe(TemperedSMC(128), modes=None)}
+    one, other = (judged(two_modes, two_modes_guide(0.5, 0.5), **options) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one == other
+    assert judged(two_modes, two_modes_guide(0.5, 0.5), **options, seed=1) != one
+
+
+# ------------------------------------------------------------------------------------------- weights at given latents
+
+
+@pytest.mark.parametrize("auto", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoIAFNormal])
+@pytest.mark.parametrize("model", [positive, lambda y: hierarchy(DATA)], ids=["positive", "hierarchy"])
+def test_weights_at_a_guides_own_draws_are_its_weights(auto, model):
+    if auto is AutoIAFNormal and model is positive:
+        pytest.skip("needs two latents")
+    guide = auto(model)
+    guide(Y)
+    density = ModelDensity(model, (Y,), {})
+    draws = draw_from_guide(guide, density, 40, (Y,))
+    found = guide_log_weight(guide, density, draws.z, draws.log_p, (Y,))
+    torch.testing.assert_close(found, draws.log_weight, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_at_draws_of_a_guide_written_by_hand():
+    density, guide = ModelDensity(positive, (Y,), {}), gamma_guide(2.0, 1.5)
+    draws = draw_from_guide(guide, density, 40, (Y,))
+    found = guide_log_weight(guide, density, draws.z, draws.log_p, (Y,))
+    torch.testing.assert_close(found, draws.log_weight, rtol=1e-4, atol=1e-4)
+    forgotten = draws.log_p - dist.Gamma(2.0, 1.5).log_prob(density.unpack(draws.z)["s"])
+    assert not torch.allclose(found, forgotten, atol=0.1)  # the jacobian
+
+
+def test_weights_of_an_untrained_diffusion_are_those_of_its_base():
+    guide = AutoDiffusion(hierarchy, num_steps=64, architecture=MLP(width=8, depth=1), name="untrained")
+    density = ModelDensity(hierarchy, (DATA,), {})
+    guide.setup(hierarchy, (DATA,), {})
+    z = density.prior_draws(500)
+    log_p = density.log_prob(z)
+    found = guide_log_weight(guide, density, z, log_p, (DATA,))
+    base = dist.MultivariateNormal(guide.base_loc, scale_tril=guide.base_scale_tril)
+    exact = log_p - torch.logaddexp(base.log_prob(z) + math.log(0.9), density.log_prior(z) + math.log(0.1))
+    assert float((found - exact).detach().abs().median()) < 0.2
+
+
+def test_weights_of_a_guide_with_more_randomness_are_not_known():
+    def guide(y):
+        noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("s", dist.Delta(noise.exp(), log_density=-noise + dist.Normal(0.0, 1.0).log_prob(noise) * 0))
+
+    density = ModelDensity(positive, (Y,), {})
+    assert guide_log_weight(guide, density, torch.zeros(3, 1), torch.zeros(3), (Y,)) is None
+    found = judged(positive, guide, Y)
+    assert found.findings.unknown is None
+    assert any("density there is not known" in text for text in found.unchecked)
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def test_halves_agree_for_good_weights_and_not_for_heavy_ones():
+    good = pool_findings(torch.randn(10_000))
+    assert abs(good.halves_gap) < 4 * good.halves_se
+    one = torch.randn(10_000)
+    one[17] = 30.0
+    assert abs(pool_findings(one).halves_gap) > 10
+
+
+def test_a_drift_since_the_last_rounds():
+    pool = 0.1 * torch.randn(1000)
+    rounds = [RoundInfo(i, 1.0, 0.5, 0.3, value, 0.02, 0.1, i, 0, 0.0) for i, value in enumerate((-9.0, 0, 0, 0))]
+    steady = training_findings(Findings(), pool, rounds)
+    assert abs(steady.rounds_gap) < 0.05
+    assert steady.rounds_se == pytest.approx(0.02 / 3**0.5, rel=0.1)
+    drifted = training_findings(Findings(), pool, [info._replace(log_evidence=-1.0) for info in rounds])
+    assert drifted.rounds_gap == pytest.approx(1.0, abs=0.05)
+    assert training_findings(Findings(), pool, ()) == Findings()
+
+
+def test_chains():
+    mixed = torch.randn(4, 500, 3)
+    assert chain_findings(Findings(), [mixed]).rhat < 1.01
+    found = chain_findings(Findings(), [mixed, mixed + torch.arange(4.0)[:, None, None]], with_ess=True)
+    assert found.rhat > 1.1
+    assert found.ess < 100
+    assert found.num_chains == 4
+    stuck = torch.arange(4.0)[:, None].expand(4, 500)
+    assert chain_findings(Findings(), [stuck]).rhat == math.inf
+    assert chain_findings(Findings(), [torch.zeros(4, 500)]).rhat is None
+    assert chain_findings(Findings(), [torch.zeros(4, 3)]) == Findings()
+
+
+# ------------------------------------------------------------------------------------------------------- the sampler
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    """Some hundred steps on a hierarchy that is close to its base: a good fit."""
+    return trained(guide={"base": GivenBase(0.8, 1.0)}, budget=3200, objective={"num_particles": 320})
+
+
+def test_a_good_fit_is_trusted_and_recorded(sampler, tmp_path):
+    before = sampler._density().evaluations.density
+    samples = sampler.get_samples(100)
+    found = sampler.check(stein_draws=100, correction=IndependentMetropolis())
+    assert found.level is Trust.TRUST, str(found)
+    assert found.findings.acceptance > 0.05
+    assert found.findings.probe_density_evaluations > 0
+    assert sampler._density().evaluations.density == before  # counted apart
+    assert torch.equal(sampler.get_samples(100)["t"], samples["t"])
+    probed = sampler.probed
+    assert sampler.check(stein_draws=100, correction=IndependentMetropolis()) == found
+    assert sampler.probed is probed
+    assert str(found) in sampler.report()
+
+
+@pytest.mark.parametrize("legacy", LINES)
+def test_the_file_alone_gives_the_same_verdict(sampler, legacy, tmp_path):
+    found = sampler.check()
+    idata = sampler.to_arviz(400, legacy=legacy)
+    assert check(idata) == found
+    idata.to_netcdf(tmp_path / "posterior.nc")
+    path = tmp_path / "posterior.nc"
+    read = az.from_netcdf(path) if legacy else xarray.open_datatree(path)
+    assert check(read) == found
+    assert read.posterior.attrs["verdict"] == found.level.words
+    read.close()
+
+
+def test_a_sampler_that_lost_a_mode_is_not_trusted_and_warns():
+    base = GivenBase(torch.tensor([3.0, 3.0]), 0.6)
+    sampler = make(
+        two_modes,
+        guide={"base": base},
+        budget=640 * 4,
+        objective={"num_particles": 256, "wide": WideComponent(0.1, 1.0)},
+    )
+    sampler.run()
+    found = sampler.check()
+    assert found.findings.khat < 0.7
+    assert found.level is Trust.DISTRUST, str(found)
+    with pytest.warns(TrustWarning, match="unknown to the guide"):
+        sampler.to_arviz(400)
+
+
+def test_interrupting_the_check_changes_nothing(sampler):
+    sampler.probed = None
+
+    class Interrupted(Probe):
+        def run(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    before = torch.get_rng_state()
+    verdict = sampler._verdict
+    with pytest.raises(KeyboardInterrupt):
+        sampler.check(probe=Interrupted())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sampler._verdict is verdict
+    assert sampler.check().level is Trust.TRUST
+
+
+def test_a_verdict_does_not_outlive_its_training():
+    sampler = trained()
+    sampler.check()
+    assert sampler._verdict is not None
+    sampler.stopping = StoppingRule(max_evaluations=1280)
+    sampler.run(DATA)
+    assert sampler._verdict is None
+    assert sampler.probed is not None
+    sampler.run(DATA + 1)
+    assert sampler.probed is None
+
+
+def test_nothing_run_nothing_checked():
+    with pytest.raises(ValueError, match="call run"):
+        make().check()
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_an_export_without_a_check_says_what_is_missing(sampler):
+    idata = trained().to_arviz(400)
+    found = check(idata)
+    assert found.level is Trust.CARE
+    assert found.findings.khat is not None
+    assert "lost modes (no probe was run)" in found.unchecked
+
+
+def test_a_verdict_on_any_guide_can_be_recorded():
+    guide = two_modes_guide(1.0)
+    verdict = judged(two_modes, guide)
+    with pytest.warns(TrustWarning):
+        idata = to_arviz(two_modes, guide, num_samples=400, verdict=verdict)
+    assert check(idata) == verdict
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check(to_arviz(two_modes, guide, num_samples=400)).level is Trust.CARE
+
+
+def test_files_of_others():
+    rng = np.random.default_rng(1)
+    good = az.from_dict(posterior={"x": rng.normal(size=(4, 1000, 2)), "name": np.full((4, 1000), "a")})
+    found = check(good)
+    assert found.level is Trust.TRUST
+    assert found.findings.ess > 1000
+    assert any("k̂" in text for text in found.unchecked)
+    apart = az.from_dict(posterior={"x": rng.normal(size=(4, 1000)) + np.arange(4)[:, None]})
+    assert check(apart).level is Trust.DISTRUST
+    single = az.from_dict(posterior={"x": rng.normal(size=(1, 1000))})
+    assert check(single).level is Trust.CARE
+    with pytest.raises(TypeError, match="with a posterior"):
+        check({"x": np.zeros(3)})
