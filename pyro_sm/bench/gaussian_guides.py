@@ -207,7 +207,7 @@ def judge(posterior: Posterior, density: ModelDensity, gaussian: Gaussian) -> di
 
 
 @contextmanager
-def _float64() -> Iterator[None]:
+def in_float64() -> Iterator[None]:
     """Improper priors have no data to take their type from."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -220,7 +220,7 @@ def _float64() -> Iterator[None]:
 def measure(posterior: Posterior, way: str, seed: int, evaluations: int) -> dict[str, Any]:
     """Fit one posterior one way and compare with the reference; a fit that fails is a row that says why."""
     row: dict[str, Any] = {"posterior": posterior.name, "way": way, "seed": seed, "budget": evaluations}
-    with _float64(), warnings.catch_warnings():
+    with in_float64(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Pyro's, of losses that are not numbers: the row tells
         density = ModelDensity(posterior.model, posterior.args, dtype=torch.float64)
         row["D"] = density.dim
@@ -306,7 +306,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table at the end")
 
 
-def _selected(parts: list[str]) -> list[Posterior]:
+def selected(parts: list[str]) -> list[Posterior]:
     known = posteriors()
     unknown = [part for part in parts if not any(part in name for name in known)]
     if unknown:
@@ -323,7 +323,7 @@ def run(options: argparse.Namespace) -> None:
     """Run what is asked for, a line as each ends."""
     if options.evaluations < 1:
         raise ValueError(f"expected --evaluations >= 1, found {options.evaluations}")
-    chosen = _selected(options.posteriors)
+    chosen = selected(options.posteriors)
     print(
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
     )
