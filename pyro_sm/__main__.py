@@ -17,9 +17,9 @@ import torch
 
 import pyro_sm
 from pyro_sm.base import CheckpointError
-from pyro_sm.bench import batching, cost, gaussian_guides, known_answers, references, report, targets
+from pyro_sm.bench import batching, cost, gaussian_guides, known_answers, posteriors, references, report, targets
 from pyro_sm.checkpoint import read_checkpoint
-from pyro_sm.demo import eight_schools_demo, galaxy_demo
+from pyro_sm.demo import eight_schools_demo, galaxy_demo, looked_elsewhere
 from pyro_sm.guides import BatchAndMatchBase, LaplaceBase, PriorBase
 from pyro_sm.guides.bases import Base
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
@@ -143,10 +143,19 @@ def run_sample(options: argparse.Namespace) -> None:
             raise
         print(f"\ninterrupted after {len(sampler.history)} rounds; add --resume to go on from '{checkpoint}'")
         raise
+    verdict = None
+    if not options.no_check:
+        try:
+            verdict = sampler.check()  # before the export, which records it
+        except KeyboardInterrupt:
+            print("\ninterrupted while looking elsewhere; add --resume --no-check for the draws without a verdict")
+            raise
     idata = sampler.to_arviz(options.num_samples)
     idata.to_netcdf(out)
     print(pyro_sm.diagnostics.summary_table(idata))
     print(sampler.report())
+    if verdict is not None:
+        print(looked_elsewhere(verdict))
     print(f"written: {out} ({options.num_samples} draws), {checkpoint} (to draw or train more)")
 
 
@@ -161,9 +170,10 @@ def run_demo(options: argparse.Namespace) -> None:
         shared_variance=options.shared_variance,
         seed=options.seed,
         stopping=stopping,
+        check=not options.no_check,
     )
     if not options.only_galaxies:
-        eight_schools_demo(folder, seed=options.seed, stopping=stopping)
+        eight_schools_demo(folder, seed=options.seed, stopping=stopping, check=not options.no_check)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,6 +187,9 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=1, help="of torch (default 1: two on a busy machine can be slower than one)"
     )
     common.add_argument("--budget", type=int, help="density evaluations to spend on training (default 100000)")
+    common.add_argument(
+        "--no-check", action="store_true", help="no verdict: do not look for what the sampler may have missed"
+    )
 
     demo = commands.add_parser("demo", parents=[common], help="two real posteriors with known answers")
     demo.add_argument("--out", default="pyro_sm_demo", help="folder for NetCDF and pictures (default %(default)s)")
@@ -204,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         "cost": cost,
         "known-answers": known_answers,
         "gaussian-guides": gaussian_guides,
+        "posteriors": posteriors,
         "targets": targets,
         "report": report,
         "references": references,
@@ -217,7 +231,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _one_line(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    print(f"{'warning' if category is pyro_sm.PyroSMWarning else category.__name__}: {message}", file=sys.stderr)
+    ours = issubclass(category, pyro_sm.PyroSMWarning)
+    print(f"{'warning' if ours else category.__name__}: {message}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,9 +11,18 @@ from typing import Any
 
 import torch
 
-from pyro_sm.diagnostics import plot_khat, plot_raw_vs_weighted, plot_training, summary_table
+from pyro_sm.diagnostics import Verdict, plot_khat, plot_raw_vs_weighted, plot_training, summary_table
 from pyro_sm.examples import eight_schools, galaxies
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
+
+
+def looked_elsewhere(verdict: Verdict) -> str:
+    """What the probe behind a verdict took: a line for the foot of the report, which does not count it."""
+    found = verdict.findings
+    return (
+        f"probe         {found.probe_density_evaluations} density and {found.probe_gradient_evaluations} gradient "
+        "evaluations, on top of the cost above"
+    )
 
 
 def _write(sampler: DiffusionSampler, folder: Path, name: str, variables: Sequence[str]) -> Any:
@@ -33,7 +42,7 @@ def _write(sampler: DiffusionSampler, folder: Path, name: str, variables: Sequen
 
 
 def galaxy_demo(
-    folder: Path, *, num_components: int, shared_variance: bool, seed: int, stopping: StoppingRule
+    folder: Path, *, num_components: int, shared_variance: bool, seed: int, stopping: StoppingRule, check: bool = True
 ) -> None:
     """Train on the galaxy mixture; print summary, evidence against the literature, and the share per labelling."""
     kind = "one variance" if shared_variance else "a variance each"
@@ -43,10 +52,13 @@ def galaxy_demo(
     sampler = DiffusionSampler(model, seed=seed, stopping=stopping)
     sampler.run(galaxies.velocities())
     seconds = time.monotonic() - started
+    verdict = sampler.check() if check else None  # before the export, which records it
     mean = sampler.get_samples(4000)["mean"]
     idata = _write(sampler, folder, f"galaxies-{num_components}{'-shared' if shared_variance else ''}", ["mean"])
     print(summary_table(idata))
     print(sampler.report())
+    if verdict is not None:
+        print(looked_elsewhere(verdict))
     reference = galaxies.REFERENCE_LOG_EVIDENCE.get((num_components, shared_variance))
     if reference is not None:
         error = sampler.log_evidence - reference
@@ -58,16 +70,19 @@ def galaxy_demo(
     print(f"time          {seconds:.0f} s, {torch.get_num_threads()} threads")
 
 
-def eight_schools_demo(folder: Path, *, seed: int, stopping: StoppingRule) -> None:
+def eight_schools_demo(folder: Path, *, seed: int, stopping: StoppingRule, check: bool = True) -> None:
     """Train on eight schools (non-centred) and compare with the reference draws."""
     print("\n== Eight schools, non-centred ==", flush=True)
     started = time.monotonic()
     sampler = DiffusionSampler(eight_schools.noncentered, seed=seed, stopping=stopping)
     sampler.run(*eight_schools.data())
     seconds = time.monotonic() - started
+    verdict = sampler.check() if check else None
     idata = _write(sampler, folder, "eight-schools", ["mu", "tau", "theta_raw"])
     print(summary_table(idata, ["mu", "tau", "theta"]))
     print(sampler.report())
+    if verdict is not None:
+        print(looked_elsewhere(verdict))
     worst = eight_schools.errors(sampler.get_samples(20_000))
     print(f"reference     worst error of a mean {worst.mean:.3f}, of an sd {worst.sd:.3f} (in reference sds)")
     exact = eight_schools.reference().log_evidence

@@ -24,6 +24,11 @@ def value_and_score(log_prob: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Te
     return value.detach(), score.detach()
 
 
+def without_nan(value: Tensor) -> Tensor:
+    """A density that is not a number is not a place to sample from."""
+    return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
 class FunctionDensity:
     """``log p̃`` given as a function ``(B, D) -> (B,)`` that torch can differentiate.
 
@@ -60,14 +65,15 @@ class FunctionDensity:
         self.evaluations.density += z.shape[0]
         value = self._value(z)
         self.evaluations.not_a_number += int(torch.isnan(value).sum())
-        return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        return without_nan(value)
 
     def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``log p̃`` (B,) and its gradient (B, D), detached."""
+        """``log p̃`` (B,) and its gradient (B, D), detached; the latter may be NaN where ``log p̃ = -inf``."""
         self.evaluations.density += z.shape[0]
         self.evaluations.gradient += z.shape[0]
         value, score = value_and_score(self._value, z)
-        return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf), score
+        self.evaluations.not_a_number += int(torch.isnan(value).sum())
+        return without_nan(value), score
 
 
 def gaussian_log_prob(z: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
@@ -147,4 +153,4 @@ class TemperedDensity(FunctionDensity):
         target, target_score = self.target.log_prob_and_score(z)
         value = (1 - self.beta) * base + self.beta * target
         score = (1 - self.beta) * base_score + self.beta * target_score
-        return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf), score
+        return without_nan(value), score

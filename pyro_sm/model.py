@@ -27,7 +27,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_sm.base import Evaluations, ModelRefusedError, PyroSMWarning
-from pyro_sm.density import value_and_score
+from pyro_sm.density import value_and_score, without_nan
 from pyro_sm.model_batching import (
     Batching,
     OneByOne,
@@ -61,11 +61,6 @@ __all__ = ["Batching", "ModelDensity", "OneByOne", "OuterPlate", "Site", "VMap"]
 def _nothing(z: Tensor) -> Tensor:
     """Zeros (B,) that depend on ``z`` (B, D): they keep a graph alive where every row is impossible."""
     return torch.nan_to_num(0 * z.sum(1), nan=0.0)
-
-
-def _without_nan(value: Tensor) -> Tensor:
-    """A density that is not a number is not a place to sample from."""
-    return torch.nan_to_num(value, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 class ModelDensity:
@@ -177,7 +172,7 @@ class ModelDensity:
             return z.sum(1)
         raw = torch.cat([self._raw_value(chunk, self.batching) for chunk in self._chunks(z)])
         self.evaluations.not_a_number += int(torch.isnan(raw).sum())
-        return _without_nan(raw)
+        return without_nan(raw)
 
     def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``log p̃`` (B,) and its gradient (B, D), both detached; works under ``no_grad`` and inference mode.
@@ -192,10 +187,12 @@ class ModelDensity:
         self.evaluations.gradient += z.shape[0]
         with torch.inference_mode(False):
             z = z.clone() if z.is_inference() else z.detach()
+            if z.shape[0] == 0:
+                return z.sum(1), z
             results = [self._scored(chunk) for chunk in self._chunks(z)]
-        if len(results) == 1:
-            return results[0]
-        return torch.cat([value for value, _ in results]), torch.cat([score for _, score in results])
+            raw = torch.cat([value for value, _ in results])
+            self.evaluations.not_a_number += int(torch.isnan(raw).sum())
+            return without_nan(raw), torch.cat([score for _, score in results])
 
     def log_prob_one_by_one(self, z: Tensor) -> Tensor:
         """The reference route: every latent through its own run of the model. ``z``: (B, D); returns (B,)."""
@@ -220,7 +217,7 @@ class ModelDensity:
     def _value(self, z: Tensor, batching: Batching) -> Tensor:
         if z.shape[0] == 0:
             return z.sum(1)
-        return _without_nan(self._raw_value(z, batching))
+        return without_nan(self._raw_value(z, batching))
 
     def _raw_value(self, z: Tensor, batching: Batching) -> Tensor:
         values, log_det = self._structure.constrain(z)
@@ -233,9 +230,13 @@ class ModelDensity:
         return self._score_eagerly(z)
 
     def _score_eagerly(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        value, score = value_and_score(lambda leaf: self._value(leaf, self.batching) + _nothing(leaf), z)
-        impossible = (value == -math.inf)[:, None] & ~torch.isfinite(score)
-        return value, torch.where(impossible, 0.0, score)
+        """The value, with NaN that are still to be counted, and the score."""
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_(True)
+            raw = self._raw_value(leaf, self.batching) + _nothing(leaf)
+            (score,) = torch.autograd.grad(without_nan(raw).sum(), leaf)
+        raw = raw.detach()
+        return raw, torch.where((raw > -math.inf)[:, None], score, 0.0)  # 0 · ∞ in the chain rule is NaN
 
     def _log_joint(self, batching: Batching, values: Values, size: int) -> Tensor:
         """One latent with a singular matrix must not take its batch down: find it by halving."""
@@ -315,7 +316,7 @@ class ModelDensity:
         z = self._checked(z)
         value = self._collect_checked(read, z, {"log_prior": Size([])})["log_prior"].to(self.dtype)
         log_det = self._structure.constrain(z)[1]
-        return _without_nan(value if log_det is None else value + log_det)
+        return without_nan(value if log_det is None else value + log_det)
 
     def posterior_predictive(self, z: Tensor) -> dict[str, Tensor]:
         """Fresh draws of the observed sites, and the deterministic sites, given the latents.

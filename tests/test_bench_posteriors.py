@@ -49,8 +49,9 @@ def test_chains_are_cut_off_by_time_and_what_they_have_counts(monkeypatch):
 
 
 ROWS = [
-    {"posterior": "a", "way": "sampler", "mean error": 0.01, "sd error": 0.02, "log Z error": 0.003, "log Z se": 0.004,
-     "khat": 0.2, "ESS": 0.9, "verdict": "trust", "density": 1000, "gradient": 900, "CPU s": 3.0, "drawing": 0.5},
+    {"posterior": "a", "way": "sampler", "mean error": 0.01, "sd error": 0.02, "log Z error": 0.003,
+     "log Z se": 0.004, "khat": 0.2, "ESS": 0.9, "verdict": "trust", "density": 1000, "gradient": 900,
+     "CPU s": 3.0, "drawing": 0.5},
     {"posterior": "a", "way": "nuts", "mean error": 0.06, "sd error": 0.02, "verdict": "", "density": 10,
      "gradient": 10, "CPU s": 7.0, "drawing": 2.0},
     {"posterior": "b", "way": "nuts", "failed": "ValueError: a | b", "CPU s": 1.0},

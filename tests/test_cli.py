@@ -10,6 +10,8 @@ import arviz as az
 import pytest
 import torch
 
+import pyro_sm
+from pyro_sm import DiffusionSampler
 from pyro_sm.__main__ import main
 
 MODEL = """
@@ -69,7 +71,42 @@ def test_sample_writes_corrected_draws_and_says_what_they_are_worth(
         abs(idata.posterior.attrs["log_evidence"] - float(exact))
         < 5 * idata.posterior.attrs["log_evidence_se"] + 1e-3
     )
-    assert "log evidence" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "log evidence" in printed
+    verdict = pyro_sm.check(idata)
+    assert str(verdict) in printed
+    assert idata.posterior.attrs["verdict"] == verdict.level.words == "trust"
+    found = verdict.findings
+    assert found.probe_density_evaluations > 2048
+    assert (
+        f"{found.probe_density_evaluations} density and {found.probe_gradient_evaluations} gradient "
+        "evaluations, on top" in printed
+    )
+    assert idata.posterior.attrs["density_evaluations"] == 6144 + 16_000  # training and draws: the probe is apart
+
+
+def test_no_check_spares_the_look_elsewhere(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DiffusionSampler, "check", lambda sampler: pytest.fail("looked elsewhere"))
+    assert sample(files, "--budget", "4096", "--num-samples", "500", "--no-check") == 0
+    assert "Verdict" not in capsys.readouterr().out
+    assert "verdict" not in az.from_netcdf(files / "out.nc").posterior.attrs
+
+
+def test_an_interrupted_check_loses_nothing(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(sampler: DiffusionSampler) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionSampler, "check", interrupted)
+        assert sample(files, "--budget", "4096", "--num-samples", "500") == 130
+    assert "--resume --no-check" in capsys.readouterr().out
+    assert not (files / "out.nc").exists()
+    assert sample(files, "--budget", "4096", "--num-samples", "500", "--resume", "--no-check") == 0
+    assert (files / "out.nc").exists()
 
 
 def test_a_finished_run_is_not_taken_for_an_unfinished_one_and_can_be_resumed(files: Path) -> None:
@@ -142,7 +179,7 @@ def test_bench_names_what_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "eight-schools-centered:svi" in error_of(capsys)
 
 
-@pytest.mark.filterwarnings("ignore:Pareto k")
+@pytest.mark.filterwarnings("ignore:do not trust these draws")
 def test_demo_runs_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a budget far too small for right answers: what is checked is that everything is written and said."""
     assert main(["demo", "--out", str(tmp_path / "demo"), "--budget", "4096"]) == 0
@@ -152,3 +189,5 @@ def test_demo_runs_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     for words in ("literature", "labellings", "reference", "exact", "threads"):
         assert words in printed
+    assert printed.count("\nVerdict: ") == printed.count("\nprobe  ") == 2
+    assert "\nVerdict: do not trust\n" in printed.split("== Eight schools")[0]  # which the tiny budget is enough for

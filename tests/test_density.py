@@ -154,6 +154,7 @@ def test_nan_is_minus_infinity():
     value, score = density.log_prob_and_score(z)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(score[2], torch.tensor([1 / math.e, 0.0]))
+    assert density.evaluations == Evaluations(density=6, gradient=3, not_a_number=2)  # one NaN each; -inf is a number
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

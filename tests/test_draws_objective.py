@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
-from pyro.optim import Adam
+from pyro.optim import Adam, ExponentialLR
 
 from pyro_sm import AutoDiffusion
 from pyro_sm.nn.mlp import MLP
@@ -36,11 +36,15 @@ def exact(num_draws):
     return {"x": sign + torch.randn(num_draws), "scale": torch.randn(num_draws).exp()}
 
 
-def trained(draws, steps, make=DrawsScoreMatching, lr=3e-3):
+def trained(draws, steps, make=DrawsScoreMatching, lr=3e-3, decay=1.0):
     guide = AutoDiffusion(model, architecture=SMALL, num_steps=24)
     loss = make(draws)
-    svi = SVI(model, guide, Adam({"lr": lr}), loss)
-    values = [svi.step() for _ in range(steps)]
+    optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "gamma": decay})
+    svi = SVI(model, guide, optim, loss)
+    values = []
+    for _ in range(steps):
+        values.append(svi.step())
+        optim.step()
     loss.refit(guide)
     return guide, loss, svi, values
 
@@ -53,7 +57,9 @@ def weighted(guide, num_draws=8000):
 
 
 def test_learns_the_draws_and_gets_the_evidence():
-    guide, _, svi, values = trained(exact(4000), 400)
+    given = exact(4000)
+    # With a constant rate the last batches' noise moves the share by as much as 0.04, from seed to seed.
+    guide, _, svi, values = trained(given, 400, lr=6e-3, decay=0.99)
     assert values[0] == 0
     draws = weighted(guide)
     found = evidence(draws.log_weight)
@@ -61,7 +67,7 @@ def test_learns_the_draws_and_gets_the_evidence():
     assert found.log_evidence_se < 0.02
     raw = guide.diffusion().draw(8000)[0]
     x = raw[:, 0]  # before weighting: what the network itself has learned
-    assert abs(float((x < 0).float().mean()) - 0.2) < 0.03
+    assert abs(float((x < 0).float().mean()) - float((given["x"] < 0).float().mean())) < 0.03
     assert svi.evaluate_loss() < -0.02
 
 

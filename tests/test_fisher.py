@@ -551,8 +551,16 @@ def cases():
             yield pytest.param(objective, guide, marks=[pytest.mark.slow] if slow else [])
 
 
+LEVELS = "AutoDiffusion.ratios"  # fitted by dynamic programming, never by gradient
+
+
 def parameters():
-    return {n: p for n, p in pyro.get_param_store().named_parameters() if n != "AutoDiffusion.log_variance_factor"}
+    left_out = ("AutoDiffusion.log_variance_factor", LEVELS)
+    return {n: p for n, p in pyro.get_param_store().named_parameters() if n not in left_out}
+
+
+def levels():
+    return [p.detach().clone() for n, p in pyro.get_param_store().named_parameters() if n == LEVELS]
 
 
 @pytest.mark.parametrize(("objective", "name"), list(cases()))
@@ -560,9 +568,11 @@ def test_contract(objective, name):
     guide, loss = GUIDES[name](model), OBJECTIVES[objective]()
     svi = SVI(model, guide, Adam({"lr": 1e-3}), loss)
     loss.loss(model, guide, Y)
-    before = {n: p.detach().clone() for n, p in parameters().items()}
+    before, stand = {n: p.detach().clone() for n, p in parameters().items()}, levels()
+    assert len(stand) == (name == "AutoDiffusion")
     svi.step(Y)
     assert all((p != before[n]).any() for n, p in parameters().items())
+    assert all(torch.equal(one, other) for one, other in zip(stand, levels(), strict=True))
     for method in (loss.loss, loss.differentiable_loss, loss.loss_and_grads):
         torch.manual_seed(3)
         value = method(model, guide, Y)

@@ -145,7 +145,8 @@ def test_draws_of_weight_zero_are_never_visited():
 
 
 def test_float32():
-    draws = Draws(*(x.float() for x in pool(500)))
+    draws = pool(500)
+    draws = Draws(draws.z.float(), draws.log_p.float(), draws.log_weight.float())
     assert IndependentMetropolis().apply(draws, 100).shape == (100,)
 
 

@@ -459,6 +459,38 @@ def test_wrong_device_and_wrong_shape_are_value_errors():
 # ---------------------------------------------------------------- points without a density
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batching": OneByOne()},
+        {"chunk_size": 2},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_nan_are_counted_with_and_without_a_score(options):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("half", torch.sqrt(x).log())  # NaN below zero, -inf at zero
+
+    density = ModelDensity(model, **options)
+    z = torch.tensor([[-1.0], [2.0], [-3.0], [0.0], [math.nan]])
+    for method in (density.log_prob, density.log_prob_and_score):
+        before = density.evaluations.not_a_number
+        method(z)
+        assert density.evaluations.not_a_number - before == 3
+    assert bool(torch.isfinite(density.log_prob_and_score(z)[1]).all())
+    assert density.evaluations == Evaluations(density=15, gradient=10, not_a_number=9)
+
+
+def test_no_latents_at_all():
+    model, args, kwargs = ZOO["eight schools"]()
+    value, score = ModelDensity(model, args, kwargs).log_prob_and_score(torch.empty(0, 10))
+    assert (value.shape, score.shape) == ((0,), (0, 10))
+
+
 def test_impossible_points_are_minus_infinity_with_a_zero_score():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

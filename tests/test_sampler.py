@@ -119,16 +119,17 @@ def test_samples(uninterrupted):
     assert uninterrupted.get_samples()["mu"].shape == (4000,)
 
 
-def test_corrections(uninterrupted):
-    raw = uninterrupted.get_samples(4000, correction=Raw())
-    pool = uninterrupted.draws(16_000)
+def test_corrections():
+    sampler = trained(budget=256)
+    raw = sampler.get_samples(4000, correction=Raw())
+    pool = sampler.draws(16_000)
     assert torch.equal(raw["mu"], pool.z[:4000, 0])  # nothing is repeated, nothing chosen
-    corrected = uninterrupted.get_samples(4000)["t"]
-    variance, effective = COVARIANCE.diagonal()[1:], uninterrupted.ess * 4000
+    corrected = sampler.get_samples(4000)["t"]
+    variance, effective = COVARIANCE.diagonal()[1:], sampler.ess * 4000
     assert bool(((corrected.mean(0) - LOC[1:]).abs() < 5 * (variance / effective).sqrt()).all())
     tolerance = 5 * (2 / effective) ** 0.5
     assert bool(((corrected.var(0) / variance - 1).abs() < tolerance).all())
-    assert bool(((raw["t"].var(0) / variance - 1).abs() > tolerance).any())  # ten small rounds are not enough
+    assert bool(((raw["t"].var(0) / variance - 1).abs() > 2 * tolerance).all())  # four small rounds are not enough
 
 
 def test_evidence_and_weights(uninterrupted):

@@ -307,6 +307,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def selected(parts: list[str]) -> list[Posterior]:
+    """Those whose names have one of the parts in them; all if there is none.
+
+    Raises:
+        ValueError: a part that is in no name.
+    """
     known = posteriors()
     unknown = [part for part in parts if not any(part in name for name in known)]
     if unknown:

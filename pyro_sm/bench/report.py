@@ -8,8 +8,8 @@ different numbers of draws, and then their floors differ). Rows are sorted by th
 method it is, and the best median of every column is bold.
 
 Below a table that has both stands the *break-even*: after how many usable draws a trained sampler has cost less than
-a run of tempered SMC for every so many, ``T/(c − d/ESS)``: T its training, d a draw of it, c what SMC pays per particle
-(each counted as a draw, which flatters SMC).
+a run of tempered SMC for every so many, ``T/(c − d/ESS)``: T its training, d a draw of it, c what SMC pays for each
+particle (which counts as a draw, and flatters SMC).
 
 With ``--figures``: draws over contours (targets in the plane), error against evaluations (where a method was run
 with several budgets), effective share and evidence error against dimension (families), energies (particles).

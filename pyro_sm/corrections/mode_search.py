@@ -189,7 +189,7 @@ def curvature_at(density: Density, z: Tensor, scale: Tensor) -> Curvature | None
     """The curvature at ``z`` (D,) in units of ``scale`` (D,), float64.
 
     By central differences of 4D scores: the first 2D find the widths that the steps of the others are small beside.
-    None if a score is not finite.
+    None if a value or a score is not finite.
     """
     dim, relative = len(z), 1e-4 if z.dtype == torch.float64 else 1e-2
     step = torch.full_like(z, relative)
@@ -197,7 +197,9 @@ def curvature_at(density: Density, z: Tensor, scale: Tensor) -> Curvature | None
     gradient = curvature[0]
     for _ in range(2):
         offset = torch.diag(step * scale)
-        _, score = density.log_prob_and_score(torch.cat([z + offset, z - offset]))
+        value, score = density.log_prob_and_score(torch.cat([z + offset, z - offset]))
+        if not bool(torch.isfinite(value).all()):
+            return None
         curvature = -((score[:dim] - score[dim:]) * scale).double() / (2 * step.double().unsqueeze(-1))
         gradient = (score * scale).double().mean(0)
         if not bool(torch.isfinite(curvature).all()):

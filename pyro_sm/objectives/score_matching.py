@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess
 from pyro_sm.objectives.buffer import Buffer
-from pyro_sm.objectives.target_score import fit_blend
+from pyro_sm.objectives.target_score import fisher_information, score_shift
 from pyro_sm.sampling.defensive import Defence, WideComponent, default_defence
 
 # The variance head learns from the same residuals; half weight keeps the mean, which matters more, in front.
@@ -99,21 +99,32 @@ def draw_step_noise(ratios: Tensor, batch_size: int, dim: int, num_inner: int) -
     )
 
 
+class TargetScore(NamedTuple):
+    """What is known of the law of the clean points: its whitened ``score`` (B, D) at each of them, and its Fisher
+    ``information`` (D,)."""
+
+    score: Tensor
+    information: Tensor
+
+
 def denoising_loss(
-    process: DiffusionProcess, u: Tensor, r: Tensor, noise: Tensor, shift: Tensor | float = 0.0
+    process: DiffusionProcess, u: Tensor, r: Tensor, noise: Tensor, known: TargetScore | None = None
 ) -> Tensor:
     """Regression loss per row (B,), less that of an untrained network on the very same row.
 
-    ``mean_d [e² − F*² + ½ · ½(h + ê² exp(−h) − F̂²)]`` against clean points ``u`` (B, D), for the mean moved by a
-    ``shift`` (B, D) that makes them a better estimate of it; ``ê`` and ``F̂``, in the term of the variance, are ``e``
-    and ``F*`` of the clean points themselves, and fixed. What is subtracted does not depend on the network: gradients
-    are those of the plain loss, but the number is 0 for an untrained guide, negative once it has learned something,
-    and free of most of the noise.
+    ``mean_d [e² − F*² + ½ · ½(h + ê² exp(−h) − F̂²)]`` against clean points ``u`` (B, D), which the score, if it is
+    known, makes into a better estimate of the mean; ``ê`` and ``F̂``, in the term of the variance, are ``e`` and
+    ``F*`` of the clean points themselves, and fixed. What is subtracted does not depend on the network: gradients are
+    those of the plain loss, but the number is 0 for an untrained guide, negative once it has learned something, and
+    free of most of the noise.
     """
-    error, log_variance, target = process.regression(u + shift, u + r[:, None] * noise, r)
-    moved = shift * torch.sqrt(1 + r[:, None].square()) / r[:, None]
-    residual = (error.detach() + moved).square()
-    variance_term = 0.5 * (log_variance + residual * torch.exp(-log_variance) - (target - moved).square())
+    error, log_variance, target = process.regression(u, u + r[:, None] * noise, r)
+    residual = error.detach().square()
+    variance_term = 0.5 * (log_variance + residual * torch.exp(-log_variance) - target.square())
+    if known is not None:
+        shift = score_shift(known.score, r, noise, known.information, log_variance.detach())
+        moved = shift * torch.sqrt(1 + r[:, None].square()) / r[:, None]
+        error, target = error - moved, target + moved
     return (error.square() - target.square() + _VARIANCE_WEIGHT * variance_term).mean(-1)
 
 
@@ -159,12 +170,12 @@ class PathWeights:
             weight = buffer.weights()
             index = buffer.pick(weight, step.pick)
             u = process.to_white(buffer.latents()[index])
-            shift: Tensor | float = 0.0
+            known = None
             if self.target_score:
                 score = process.white_score(buffer.scores())
-                blend = fit_blend(score, weight)
-                shift = 0.0 if blend is None else blend.shift(score[index], step.level, step.noise)
-        return denoising_loss(process, u, step.level, step.noise, shift)
+                information = fisher_information(score, weight)
+                known = None if information is None else TargetScore(score[index], information)
+        return denoising_loss(process, u, step.level, step.noise, known)
 
 
 class MarginalEstimate(NamedTuple):
