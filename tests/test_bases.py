@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_sm import AutoDiffusion, BatchAndMatchBase, GivenBase, LaplaceBase, ModelDensity, PriorBase, PyroSMWarning
 from pyro_sm.density import FunctionDensity
+from pyro_sm.guides.bases import moments_of
 from pyro_sm.nn.mlp import MLP
 
 LOC = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -255,3 +256,20 @@ def test_the_untrained_guide_is_the_base(float64, base):
     z = torch.randn(10, 3)
     torch.testing.assert_close(guide.get_posterior().log_prob(z), law.log_prob(z), rtol=1e-10, atol=1e-10)
     assert drawn.shape == (10, 3)
+
+
+def test_moments_have_a_covariance_where_there_is_one():
+    torch.manual_seed(0)
+    scale = torch.tensor([0.1, 1.0, 20.0, 3.0])
+    independent = 5 + scale * torch.randn(2000, 4)
+    found = moments_of(independent)
+    torch.testing.assert_close(found.loc, independent.mean(0))
+    torch.testing.assert_close(found.scale_tril, torch.diag(independent.std(0, correction=0)))
+    root = torch.tensor([[1.0, 0, 0, 0], [0.3, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    correlated = moments_of(scale * (torch.randn(2000, 4) @ root.T))
+    covariance = correlated.scale_tril @ correlated.scale_tril.T / (scale[:, None] * scale)
+    torch.testing.assert_close(covariance, root @ root.T, rtol=0, atol=0.12)
+    assert abs(float(correlated.scale_tril[1, 0])) > 0.2
+    one = moments_of(torch.cat([scale * torch.randn(2000, 4), -scale * torch.randn(2000, 4)]), isotropic=True)
+    assert torch.equal(one.loc, torch.zeros(4))
+    torch.testing.assert_close(one.scale_tril, scale.square().mean().sqrt() * torch.eye(4), rtol=0.1, atol=0)

@@ -34,6 +34,9 @@ class LocScale(NamedTuple):
 def moments_of(z: Tensor, *, isotropic: bool = False) -> LocScale:
     """Mean and covariance of draws ``z`` (N, D), the latter drawn towards its diagonal by ``D/(D + N)``.
 
+    It is diagonal where no correlation is larger than ``5/√N``, more than chance makes of independent latents: a
+    rotation by noise would only hide from the network which latents go together.
+
     ``isotropic``: one variance for all latents, and the centre of nothing but the origin: what a symmetric network
     needs of its base.
     """
@@ -44,7 +47,10 @@ def moments_of(z: Tensor, *, isotropic: bool = False) -> LocScale:
     wide = z.double()
     covariance = torch.atleast_2d(torch.cov(wide.T, correction=0))
     diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
-    share = dim / (dim + num_draws)
+    width = diagonal.diagonal().sqrt()
+    correlation = covariance / (width[:, None] * width) - torch.eye(dim, dtype=wide.dtype, device=z.device)
+    chance = bool((correlation.abs() <= 5 / math.sqrt(num_draws)).all())
+    share = 1.0 if chance else dim / (dim + num_draws)
     tril = torch.linalg.cholesky((1 - share) * covariance + share * diagonal)
     return LocScale(wide.mean(0).to(z), tril.to(z))
 
