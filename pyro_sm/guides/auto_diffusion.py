@@ -37,7 +37,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyro_sm.anchor import Anchor, fit_anchor
 from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.denoiser import Denoiser
-from pyro_sm.guides.bases import Base, PriorBase, moments_of
+from pyro_sm.guides.bases import Base, PriorBase, fits, moments_of
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.model import ModelDensity
 from pyro_sm.model_cache import Cache, bound_density
@@ -366,8 +366,9 @@ class AutoDiffusion(AutoContinuous):
     def rebase(self, z: Tensor, group: Tensor | None = None, args: Args = (), kwargs: Kwargs | None = None) -> bool:
         """Move the base to the moments of equally weighted latents ``z`` (N, D); False, and nothing, once trained.
 
-        With a ``group`` (N,) for each of them, the guide becomes a mixture of normal laws at the groups: its anchor.
-        The network's input and output are relative to both: what it has learned would mean something else.
+        A base that is good enough for them stays. With a ``group`` (N,) for each of them, the guide becomes a mixture
+        of normal laws at the groups: its anchor. The network's input and output are relative to both: what it has
+        learned would mean something else.
         """
         with torch.no_grad():
             process = self.diffusion(args, kwargs)
@@ -375,13 +376,14 @@ class AutoDiffusion(AutoContinuous):
             learned = self._network(self.network_weights)(z[:8], level, process.denoiser.context)
             if bool((learned != 0).any()):
                 return False
-            loc, scale_tril = moments_of(z, isotropic=self.architecture.isotropic)
-            kernels = gaussian_kernels(process.ratios, process.dim)
-            self.base_loc.copy_(loc)
-            self.base_scale_tril.copy_(scale_tril)
-            self.start_loc.copy_(kernels.start_loc)
-            self.log_start_scale.copy_(kernels.start_scale.log())
-            self.log_variance_factor.copy_(kernels.variance_factor.log())
+            if not fits(process.to_white(z)):
+                loc, scale_tril = moments_of(z, isotropic=self.architecture.isotropic)
+                kernels = gaussian_kernels(process.ratios, process.dim)
+                self.base_loc.copy_(loc)
+                self.base_scale_tril.copy_(scale_tril)
+                self.start_loc.copy_(kernels.start_loc)
+                self.log_start_scale.copy_(kernels.start_scale.log())
+                self.log_variance_factor.copy_(kernels.variance_factor.log())
             self._drop_anchor()
             if group is not None and not self.architecture.isotropic:
                 anchor = fit_anchor(self.diffusion(args, kwargs).to_white(z), group)

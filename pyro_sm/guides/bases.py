@@ -34,9 +34,6 @@ class LocScale(NamedTuple):
 def moments_of(z: Tensor, *, isotropic: bool = False) -> LocScale:
     """Mean and covariance of draws ``z`` (N, D), the latter drawn towards its diagonal by ``D/(D + N)``.
 
-    It is diagonal where no correlation is larger than ``5/√N``, more than chance makes of independent latents: a
-    rotation by noise would only hide from the network which latents go together.
-
     ``isotropic``: one variance for all latents, and the centre of nothing but the origin: what a symmetric network
     needs of its base.
     """
@@ -47,12 +44,22 @@ def moments_of(z: Tensor, *, isotropic: bool = False) -> LocScale:
     wide = z.double()
     covariance = torch.atleast_2d(torch.cov(wide.T, correction=0))
     diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
-    width = diagonal.diagonal().sqrt()
-    correlation = covariance / (width[:, None] * width) - torch.eye(dim, dtype=wide.dtype, device=z.device)
-    chance = bool((correlation.abs() <= 5 / math.sqrt(num_draws)).all())
-    share = 1.0 if chance else dim / (dim + num_draws)
+    share = dim / (dim + num_draws)
     tril = torch.linalg.cholesky((1 - share) * covariance + share * diagonal)
     return LocScale(wide.mean(0).to(z), tril.to(z))
+
+
+def fits(u: Tensor) -> bool:
+    """Whether a standard normal base is good enough for whitened draws ``u`` (N, D).
+
+    It is where they are centred within 1.5 of its scales, and their own scales are between a third and twice its own
+    in every direction. To move it for less would only turn the latents by the noise of the draws, and hide from the
+    network which of them go together.
+    """
+    covariance = torch.atleast_2d(torch.cov(u.double().T, correction=0))
+    variances = torch.linalg.eigvalsh(covariance)
+    centred = float(u.mean(0).abs().max()) <= 1.5
+    return centred and float(variances[0]) >= 1 / 9 and float(variances[-1]) <= 4
 
 
 class Base(Protocol):
