@@ -15,7 +15,7 @@ from pyro_sm.corrections.tempered import TemperedSMC
 from pyro_sm.density import FunctionDensity
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
-from pyro_sm.objectives import MarginalWeights
+from pyro_sm.objectives import MarginalWeights, PathWeights
 from pyro_sm.objectives.buffer import Buffer, Round
 from pyro_sm.objectives.population import Particles, Population, as_round
 from pyro_sm.sampling.defensive import WideComponent, draw_defensively
@@ -153,6 +153,28 @@ def test_weights_beyond_use_bring_one_and_others_do_not():
         run.guide.release()
     marginal = ImportanceWeightedScoreMatching(weighting=MarginalWeights(), population=settings())
     assert marginal.population is None
+
+
+@pytest.mark.parametrize("rebase", [True, False])
+def test_the_first_step_already_sees_where_the_guide_has_moved(rebase):
+    """The base is far too wide: it moves in the first round, and the two modes become an anchor."""
+    seen = []
+
+    class Watching(PathWeights):
+        def loss(self, process, density, wide, buffer, step):
+            seen.append(process)
+            return super().loss(process, density, wide, buffer, step)
+
+    guide = AutoDiffusion(
+        factor_model(log_prob, 2), base=GivenBase(0.0, 60.0), architecture=MLP(width=16, depth=1), num_steps=8,
+        name="far",
+    )  # fmt: skip
+    population = settings(256, rebase=rebase)
+    objective = ImportanceWeightedScoreMatching(256, batch_size=64, population=population, weighting=Watching())
+    objective.loss_and_grads(factor_model(log_prob, 2), guide)
+    (process,) = seen
+    assert (float(process.base_scale_tril.detach().diagonal().max()) < 10) is rebase
+    assert (process.denoiser.anchor is not None) is rebase
 
 
 def test_evaluations_are_counted():
