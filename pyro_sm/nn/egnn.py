@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sm.mean_free import helmert
-from pyro_sm.nn.mlp import NoiseEmbedding
+from pyro_sm.nn.mlp import NoiseEmbedding, level_features
 
 _REACH = 4.0  # distances, scaled to unit size, that bumps can tell apart
 _SMALLEST = 1e-12  # squared distance of two particles in one place, whose gradient would be NaN
@@ -85,12 +85,7 @@ class EquivariantNetwork(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
         """Evaluate."""
-        features = self.embedding(c)
-        if self.context_dim:
-            if context is None:
-                raise ValueError(f"expected a context of size {self.context_dim}, found none")
-            rows = torch.broadcast_shapes(features.shape[:1], context.shape[:-1])
-            features = torch.cat([features.expand(*rows, -1), context.expand(*rows, -1)], -1)
+        features = level_features(self.embedding, c, context, self.context_dim)
         condition = self.condition(features)
         rows_in_cache = max(1, _NUMBERS_IN_CACHE // (self.pairs.shape[0] * self.start.out_features))
         if x.device.type != "cpu" or x.shape[0] <= rows_in_cache:

@@ -42,6 +42,21 @@ class NoiseEmbedding(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+def level_features(embedding: NoiseEmbedding, c: Tensor, context: Tensor | None, context_dim: int) -> Tensor:
+    """The embedded level, and the context beside it if there is to be one: (B, ·), or one row where all share both.
+
+    Raises:
+        ValueError: there is no context where one is expected.
+    """
+    features = embedding(c)
+    if not context_dim:
+        return features
+    if context is None:
+        raise ValueError(f"expected a context of size {context_dim}, found none")
+    rows = torch.broadcast_shapes(features.shape[:1], context.shape[:-1])
+    return torch.cat([features.expand(*rows, -1), context.expand(*rows, -1)], -1)
+
+
 class ResidualMLP(nn.Module):
     """``depth`` residual blocks of ``width`` units; noise level and context scale and shift every block.
 
@@ -80,12 +95,7 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
         """Evaluate; see the head of the file for shapes."""
-        features = self.embedding(c)
-        if self.context_dim:
-            if context is None:
-                raise ValueError(f"expected a context of size {self.context_dim}, found none")
-            rows = torch.broadcast_shapes(features.shape[:1], context.shape[:-1])
-            features = torch.cat([features.expand(*rows, -1), context.expand(*rows, -1)], -1)
+        features = level_features(self.embedding, c, context, self.context_dim)
         condition = self.condition(features)
         levels = [self.skip(condition), *(modulation(condition) for modulation in self.modulation)]
         # An accelerator wants all rows at once.
