@@ -12,6 +12,7 @@ from pyro_sm.diagnostics import (
     Verdict,
     check,
     check_guide,
+    compare_evidence,
     stein_goodness_of_fit,
     to_arviz,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "WideComponent",
     "check",
     "check_guide",
+    "compare_evidence",
     "stein_goodness_of_fit",
     "to_arviz",
 ]

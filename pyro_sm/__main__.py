@@ -17,7 +17,17 @@ import torch
 
 import pyro_sm
 from pyro_sm.base import CheckpointError
-from pyro_sm.bench import batching, cost, gaussian_guides, known_answers, posteriors, references, report, targets
+from pyro_sm.bench import (
+    batching,
+    calibration,
+    cost,
+    gaussian_guides,
+    known_answers,
+    posteriors,
+    references,
+    report,
+    targets,
+)
 from pyro_sm.checkpoint import read_checkpoint
 from pyro_sm.demo import eight_schools_demo, galaxy_demo, looked_elsewhere
 from pyro_sm.guides import BatchAndMatchBase, LaplaceBase, PriorBase
@@ -218,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         "known-answers": known_answers,
         "gaussian-guides": gaussian_guides,
         "posteriors": posteriors,
+        "calibration": calibration,
         "targets": targets,
         "report": report,
         "references": references,

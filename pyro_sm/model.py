@@ -6,13 +6,14 @@ For continuous latent sites ``θ_s = T_s(z_s)``, with ``T_s`` the bijection from
     log p̃(z) = log p(θ, data) + Σ_s log |det ∂T_s/∂z_s|,
 
 discrete latents summed out exactly. ``z`` is the concatenation of the flattened ``z_s`` in the order of the
-model's trace. ``log p̃`` is in nats; its integral over R^D is the evidence of the data.
+model's trace. ``log p̃`` is in nats; its integral over R^D is the evidence of the data. A ``poutine.mask`` that is a
+tensor leaves out data, but not the prior of a latent: what is masked out integrates to one.
 
 What is refused, by the name of the site and with what to do about it
 (:class:`~pyro_sm.base.ModelRefusedError`): a structure that changes from call to call; discrete latents that
-cannot be enumerated; supports that depend on other latents; plates that draw their own subsample; randomness
-outside sample statements; no latents at all; shapes that do not fit; a log density that is finite nowhere
-near the prior.
+cannot be enumerated; supports that depend on other latents; angles, whose density has no integral over the real
+line; NaN in data that no mask leaves out; plates that draw their own subsample; randomness outside sample
+statements; no latents at all; shapes that do not fit; a log density that is finite nowhere near the prior.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from pyro_sm.model_batching import (
     tolerance,
 )
 from pyro_sm.model_compile import CompiledScores
-from pyro_sm.model_structure import Site, Structure, check_same, finite, inspect_model
+from pyro_sm.model_structure import IMPUTED, Site, Structure, check_same, finite, inspect_model
 from pyro_sm.model_trace import (
     Recorder,
     TracedModel,
@@ -56,6 +57,8 @@ from pyro_sm.model_trace import (
 )
 
 __all__ = ["Batching", "ModelDensity", "OneByOne", "OuterPlate", "Site", "VMap"]
+
+_MANY_MASKED = 10  # fewer cost next to nothing
 
 
 def _nothing(z: Tensor) -> Tensor:
@@ -125,6 +128,7 @@ class ModelDensity:
             self._probe = reference.z[torch.arange(3) % len(reference.z)]
             self.batching_reasons: tuple[str, ...] = ()
             self.batching: Batching = batching or self._choose(reference)
+        self._warn_of_masked()
         self._chunk_size = chunk_size
         self._compiled = CompiledScores() if compile else None
         if structure.params:
@@ -134,6 +138,22 @@ class ModelDensity:
                 PyroSMWarning,
                 stacklevel=2,
             )
+
+    def _warn_of_masked(self) -> None:
+        for name, count in self._structure.masked.items():
+            if count >= _MANY_MASKED:
+                advice = (
+                    "give the missing values a site of their own, with as many values, and put them into the data "
+                    "with index_put"
+                    if name.endswith(IMPUTED)
+                    else "give the values that count a site of their own"
+                )
+                warnings.warn(
+                    f"{count} values of the latent site {name!r} are masked out: they follow their prior and say "
+                    f"nothing, but each makes the latent space one dimension larger; {advice}",
+                    PyroSMWarning,
+                    stacklevel=4,
+                )
 
     def _adopt(self, structure: Structure) -> None:
         self._structure = structure
@@ -145,6 +165,11 @@ class ModelDensity:
         self.improper = structure.improper
 
     # ------------------------------------------------------------------------------------------ the density
+
+    @property
+    def max_plate_nesting(self) -> int:
+        """Batch dimensions in use, as Pyro's kernels and losses want to know."""
+        return self._structure.nesting
 
     @property
     def batching_method(self) -> str:
@@ -460,7 +485,11 @@ class ModelDensity:
         except ModelRefusedError:
             raise
         except Exception as error:
-            raise ModelRefusedError(f"the log density failed {describe_error(error)}") from error
+            hint = ""
+            if self._structure.enumerated and "Boolean value of Tensor" in str(error):
+                names = ", ".join(map(repr, self._structure.enumerated))
+                hint = f"; discrete latents ({names}) have all their values at once: write torch.where instead of if"
+            raise ModelRefusedError(f"the log density failed {describe_error(error)}{hint}") from error
 
     def _draw_points(self, num_draws: int) -> Tensor:
         """Prior draws (N, D) by the loop, which is what the constructor can rely on."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -73,6 +74,8 @@ class Structure:
     deterministic: dict[str, Size]
     enumerated: tuple[str, ...]
     improper: tuple[str, ...]
+    masked: dict[str, int]
+    """How many values of a latent site a mask leaves out; they follow their prior."""
     params: tuple[str, ...]
     """Names of the trainable parameters inside the model."""
     nesting: int
@@ -168,7 +171,45 @@ def check_same(reference: tuple[tuple[str, ...], ...], other: tuple[tuple[str, .
     raise ModelRefusedError(f"site {extra!r} is there in one call and not in another: {why}")
 
 
+IMPUTED = "_unobserved"
+"""How Pyro ends the name of a latent site that stands for the missing values of ``obs_mask=``."""
+_CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 _DYNAMIC = "the structure of the model changes from call to call, which no fixed vector of latents can describe"
+
+
+def _is_imputed(name: str) -> bool:
+    """Whether Pyro made the site for the missing values of ``pyro.sample(..., obs_mask=)``."""
+    return name.endswith(IMPUTED)
+
+
+def _is_computed(site: Any) -> bool:
+    """Whether an observed site is a Delta at a value made of latents, as ``poutine.reparam`` leaves one behind."""
+    return isinstance(_base(site["fn"]), dist.Delta) and bool(torch.equal(_base(site["fn"]).v, site["value"]))
+
+
+def _check_data(name: str, traces: list[Trace]) -> None:
+    """Refuse data that are no tensor, and NaN that no mask leaves out."""
+    value = nodes(traces[0])[name]["value"]
+    if not isinstance(value, Tensor | Number):
+        raise ModelRefusedError(
+            f"the data of the observed site {name!r} are of type {type(value).__name__}, which Pyro cannot compare "
+            "with tensors: pass torch.as_tensor(...)"
+        )
+    bad = []
+    for trace in traces:
+        site = nodes(trace)[name]
+        mask = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
+        nan = torch.as_tensor(site["value"]).isnan()
+        nan = nan.reshape(*nan.shape[: nan.dim() - site["fn"].event_dim], -1).any(-1)
+        try:
+            bad.append(int((nan & mask.to(nan.device)).sum()))
+        except RuntimeError:
+            return  # a mask that does not fit is refused where the density is evaluated
+    if min(bad):
+        raise ModelRefusedError(
+            f"the data of the observed site {name!r} have {min(bad)} NaN: leave them out with "
+            "poutine.mask(mask=...), or impute them with pyro.sample(..., obs=data, obs_mask=...)"
+        )
 
 
 def _check_latent(name: str, site: Any) -> None:
@@ -179,8 +220,15 @@ def _check_latent(name: str, site: Any) -> None:
                 f"the latent site {name!r} is discrete ({type(_base(fn)).__name__}) and cannot be "
                 "enumerated; "
                 "if it is data, pass it to the model; otherwise replace it by a continuous or a finite one"
+                + ("; a missing count says nothing, so poutine.mask can leave it out" if _is_imputed(name) else "")
             )
         return
+    if isinstance(_base(fn), _CIRCULAR):
+        raise ModelRefusedError(
+            f"the latent site {name!r} ({type(_base(fn)).__name__}) lives on a circle, but is given to Pyro as a "
+            "real number: its density repeats without end and has no integral. Draw a vector (x, y) from a standard "
+            "normal law, take the angle torch.atan2(y, x), and put the law of the angle into pyro.factor"
+        )
     if isinstance(_base(fn), dist.Delta):
         raise ModelRefusedError(
             f"the latent site {name!r} is a Delta, which has no density; use pyro.deterministic instead"
@@ -253,7 +301,8 @@ def _check_runs(traces: list[Trace], first: Recorder) -> None:
     for name, (size, full) in first.subsampled.items():
         raise ModelRefusedError(
             f"the plate {name!r} draws a random subsample ({size} of {full}) inside the model, so its "
-            "density is random; pass the mini-batch in and use pyro.plate(name, full_size, subsample=indices)"
+            "density is random, and weights need the whole likelihood: leave subsample_size out. (A batch that is "
+            "fixed, pyro.plate(name, full_size, subsample=indices), is taken as it is, and scaled up)"
         )
     signature = _signature(traces[0])
     for trace in traces[1:]:
@@ -282,12 +331,17 @@ def inspect_model(
         if is_deterministic(site):
             deterministic[name] = value.shape
             continue
+        if site["is_observed"] and not isinstance(_base(fn), dist.Unit):
+            _check_data(name, traces)
         if not site["is_observed"]:
             _check_latent(name, site)
             if _is_discrete(fn):
                 enumerated.append(name)
             nesting = max(nesting, len(fn.batch_shape))
         elif isinstance(_base(fn), dist.Unit):
+            nesting = max(nesting, len(fn.batch_shape))
+        elif _is_computed(site):
+            deterministic[name] = value.shape  # its density, mostly 0, is counted all the same
             nesting = max(nesting, len(fn.batch_shape))
         else:
             observed[name] = value if isinstance(value, Tensor) else torch.as_tensor(value)
@@ -309,6 +363,7 @@ def inspect_model(
         deterministic=deterministic,
         enumerated=tuple(enumerated),
         improper=tuple(dict.fromkeys(first.improper)),
+        masked={site.name: first.left_out(site.name, site.shape) for site in sites if site.name in first.masked},
         params=tuple(first.param_values),
         nesting=nesting,
         signature=_signature(traces[0], latent_only=True),

@@ -24,7 +24,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR, Message
 from pyro.poutine.subsample_messenger import _Subsample
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_sm.base import ModelRefusedError
@@ -90,7 +90,8 @@ def support_transform(name: str, fn: Any) -> Transform:
     except NotImplementedError:
         raise ModelRefusedError(
             f"the latent site {name!r} ({type(fn).__name__}) has a support that cannot be mapped onto R^n; "
-            "rewrite it with a distribution whose support Pyro can transform"
+            "rewrite it with a distribution whose support Pyro can transform (a direction on a sphere: "
+            f"poutine.reparam(model, {{{name!r}: ProjectedNormalReparam()}}))"
         ) from None
 
 
@@ -120,9 +121,15 @@ class Recorder(Messenger):
         self.trace = Trace()
         self.last = ""
         self.improper: list[str] = []
+        self.masked: dict[str, Tensor] = {}
         self.subsampled: dict[str, tuple[int, int]] = {}
         self.param_values: dict[str, Tensor] = {}
         self.known_params = frozenset(pyro.get_param_store().keys())
+
+    def left_out(self, name: str, shape: Size) -> int:
+        """How many values of the latent site ``name``, of this shape, a mask leaves out."""
+        mask = self.masked[name]
+        return int((~mask).sum()) * (shape.numel() // max(mask.numel(), 1))
 
     def _process_message(self, msg: Message) -> None:
         if msg["type"] == "param":
@@ -139,6 +146,11 @@ class Recorder(Messenger):
         self.last = str(msg["name"])
         if self.last in self.redraw:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+        if not msg["is_observed"] and isinstance(msg["mask"], Tensor):
+            # What a mask leaves out of model and guide alike integrates to one: it follows its prior. (Without it
+            # the density would be flat in the latents that nothing depends on, and have no integral.)
+            self.masked[self.last] = msg["mask"]
+            msg["mask"] = None
         if msg["is_observed"] or msg["done"] or msg["value"] is not None:
             return
         value = self.values.get(self.last)
@@ -226,6 +238,9 @@ class TracedModel:
         trace = self.run(Recorder(values, self.params), size)
         for name in [name for name, site in trace.nodes.items() if is_deterministic(site)]:
             trace.remove_node(name)
+        for site in nodes(trace).values():
+            if site["is_observed"] and isinstance(site["mask"], Tensor) and isinstance(site["value"], Tensor):
+                site["value"] = without_placeholders(site["value"], site["mask"], site["fn"].event_dim)
         return trace
 
     def log_joint(self, values: Mapping[str, Tensor], size: int | None = None) -> Tensor:
@@ -287,6 +302,24 @@ def site_log_prob(name: str, site: Message, *, scaled: bool = True) -> Tensor:
             raise
         raise ValueError(f"site {name!r}: {first_line(error)}") from error
     return scale_and_mask(value, site["scale"] if scaled else 1.0, site["mask"])
+
+
+def without_placeholders(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
+    """Data with the NaN of masked-out events replaced by the first event that is not masked out.
+
+    ``value``: (*batch, *event); ``mask``: broadcasts to batch. The density is masked there, but its gradient would be
+    0 · NaN. The replacement is an event of the same site, so it is in the support.
+    """
+    batch, event = value.shape[: value.dim() - event_dim], value.shape[value.dim() - event_dim :]
+    aligned = zip(reversed(mask.shape), reversed(batch), strict=False)
+    fits = mask.dim() <= len(batch) and all(m in (1, b) for m, b in aligned)
+    if not value.is_floating_point() or value.numel() == 0 or not fits:
+        return value
+    kept = mask.expand(batch).reshape(-1)
+    rows = value.reshape(len(kept), -1)
+    placeholder = ~kept & rows.isnan().any(-1)
+    filled = torch.where(placeholder[:, None], rows[kept.to(torch.uint8).argmax()], rows)
+    return filled.reshape(*batch, *event)
 
 
 def call_model(run: Callable[[], Trace]) -> Trace:

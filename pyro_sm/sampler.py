@@ -36,6 +36,7 @@ from pyro_sm.corrections.metropolis import IndependentMetropolis
 from pyro_sm.diagnostics.check import (
     DEFAULT_PROBE,
     chain_findings,
+    look_elsewhere,
     pool_findings,
     probe_findings,
     probe_progress,
@@ -546,7 +547,7 @@ class DiffusionSampler:
                 if self.probed is None or self._probe_settings != probe:
                     with probe_progress(self.disable_progbar) as report:
                         start = start_for(density, lambda: process_base(processes[0]))
-                        self.probed = probe.run(density, start, progress=report)
+                        self.probed = look_elsewhere(probe, density, start, pool.log_weight, progress=report)
                     self._probe_settings = probe
                 probe = self.probed
             wide = self.objective.wide or default_defence(density)

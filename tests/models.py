@@ -158,6 +158,72 @@ def mixing_sum():
     return model, (torch.tensor(0.3),), {}
 
 
+def radon(*, centred):
+    """A regression with 85 varying intercepts, 459 measurements; simulated. Latents: 5 + 85."""
+    generator = torch.Generator().manual_seed(85)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.get_default_dtype())
+
+    county = torch.arange(459) * 17 % 91 % 85  # between 5 and 11 houses each
+    floor = (torch.arange(459) % 6 == 0).to(torch.get_default_dtype())
+    uranium = 0.4 * normal(85)
+    y = (1.4 + 0.7 * uranium + 0.3 * normal(85))[county] - 0.7 * floor + 0.75 * normal(459)
+
+    def model(y, county, floor, uranium):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        gamma = pyro.sample("gamma", dist.Normal(0.0, 2.0))
+        beta = pyro.sample("beta", dist.Normal(0.0, 2.0))
+        tau = pyro.sample("tau", dist.LogNormal(-1.0, 1.0))
+        sigma = pyro.sample("sigma", dist.LogNormal(-0.5, 0.5))
+        with pyro.plate("county", 85):
+            if centred:
+                alpha = pyro.sample("alpha", dist.Normal(mu + gamma * uranium, tau))
+            else:
+                alpha = pyro.deterministic(
+                    "alpha", mu + gamma * uranium + tau * pyro.sample("eta", dist.Normal(0.0, 1.0))
+                )
+        with pyro.plate("house", 459):
+            pyro.sample("y", dist.Normal(alpha[..., county] + beta * floor, sigma), obs=y)
+
+    return model, (y, county, floor, uranium), {}
+
+
+def _walk(steps, generator):
+    return 0.2 * torch.randn(steps, generator=generator, dtype=torch.float64).cumsum(0) - 1.0
+
+
+def stochastic_volatility(steps):
+    """Returns whose log variance is a random walk, non-centred; simulated. Latents: 2 + ``steps``."""
+    generator = torch.Generator().manual_seed(steps)
+    h = _walk(steps, generator)
+    y = (h / 2).exp() * torch.randn(steps, generator=generator, dtype=torch.float64)
+
+    def model(y):
+        level = pyro.sample("level", dist.Normal(-1.0, 1.0))
+        sigma = pyro.sample("sigma", dist.LogNormal(-1.5, 0.5))
+        eps = pyro.sample("eps", dist.Normal(torch.zeros(steps), 1.0).to_event(1))
+        h = level[..., None] + sigma[..., None] * eps.cumsum(-1)
+        pyro.sample("y", dist.Normal(0.0, (h / 2).exp()).to_event(1), obs=y)
+
+    return model, (y.to(torch.get_default_dtype()),), {}
+
+
+def local_level(steps):
+    """The same walk seen through normal noise, so that all but two latents can be integrated out exactly."""
+    generator = torch.Generator().manual_seed(steps)
+    y = _walk(steps, generator) + 0.5 * torch.randn(steps, generator=generator, dtype=torch.float64)
+
+    def model(y):
+        sigma = pyro.sample("sigma", dist.LogNormal(-1.5, 0.5))
+        noise = pyro.sample("noise", dist.LogNormal(-0.7, 0.3))
+        eps = pyro.sample("eps", dist.Normal(torch.zeros(steps), 1.0).to_event(1))
+        h = -1.0 + sigma[..., None] * eps.cumsum(-1)
+        pyro.sample("y", dist.Normal(h, noise[..., None]).to_event(1), obs=y)
+
+    return model, (y.to(torch.get_default_dtype()),), {}
+
+
 def _problem(name):
     def make():
         model, args = PROBLEMS[name]()

@@ -131,7 +131,8 @@ def test_groups_dimensions_and_labels(legacy):
         "sample_stats": {"lp": (4, 250), "log_q": (4, 250)},
         "log_likelihood": {"y": (4, 250, 5)},
         "posterior_predictive": {"y": (4, 250, 5)},
-        "prior": {"mu": (1, 1000), "pair": (1, 1000, 2), "theta": (1, 1000, 5)},
+        "prior": {"mu": (1, 1000), "pair": (1, 1000, 2), "theta": (1, 1000, 5), "shifted": (1, 1000, 5)},
+        "prior_predictive": {"y": (1, 1000, 5)},
         "observed_data": {"y": (5,)},
         "guide": {
             "mu": (1, 4000), "pair": (1, 4000, 2), "theta": (1, 4000, 5),

@@ -19,7 +19,7 @@ LAYERS = {
     "denoiser": 2, "sampling": 2, "targets": 2, "corrections": 2, "batch_and_match": 2, "laplace": 1,
     "model": 3, "examples": 3,
     "objectives": 4, "guides": 4, "diagnostics": 4,
-    "sampler": 5, "checkpoint": 5, "stopping": 5, "replicas": 5,
+    "sampler": 5, "checkpoint": 5, "stopping": 5, "replicas": 5, "refine": 5,
     "__main__": 6, "demo": 6, "bench": 6, "": 6,
 }  # fmt: skip
 PLAIN_TORCH = 2  # the highest layer that must work without Pyro

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_sm.corrections.mode_search import MixtureStart, Modes, ModeSearch, ascended, curvature_at
+from pyro_sm.corrections.mixture_start import MixtureStart, NormalLaws
+from pyro_sm.corrections.mode_search import ModeSearch, ascended, curvature_at
 from pyro_sm.corrections.tempered import TemperedSMC
 from pyro_sm.density import FunctionDensity, GaussianDensity, value_and_score
 from pyro_sm.targets import Funnel, GaussianMixture, ManyWell
@@ -24,7 +25,7 @@ def wide(dim=2, scale=6.0, dtype=torch.float64):
 
 
 def mixture(share=0.25):
-    return MixtureStart(wide(), Modes(LOC, TRIL, WEIGHT.log()), share)
+    return MixtureStart(wide(), NormalLaws(LOC, TRIL, WEIGHT.log()), share)
 
 
 def log_prob(z):
@@ -133,7 +134,7 @@ def test_where_an_ascent_was_cut_off_is_no_mode():
 
 
 def test_each_latent_belongs_to_the_mode_it_most_likely_comes_from():
-    modes = Modes(LOC, TRIL, WEIGHT.log())
+    modes = NormalLaws(LOC, TRIL, WEIGHT.log())
     z = 4 * torch.randn(200, 2, dtype=torch.float64)
     laws = [MultivariateNormal(loc, scale_tril=tril) for loc, tril in zip(LOC, TRIL, strict=True)]
     expected = torch.stack([w.log() + law.log_prob(z) for w, law in zip(WEIGHT, laws, strict=True)]).argmax(0)
@@ -147,13 +148,13 @@ def test_modes_of_a_mixture_are_found_and_fit():
     calls = []
     start = ModeSearch(num_ascents=128).run(density, wide(), progress=lambda: calls.append(0))
     assert isinstance(start, MixtureStart)
-    assert start.modes.loc.shape == (2, 2)
+    assert start.laws.loc.shape == (2, 2)
     assert len(calls) >= 4
-    order = start.modes.loc[:, 0].argsort()
-    torch.testing.assert_close(start.modes.loc[order], LOC, rtol=0, atol=0.1)
-    covariance = start.modes.scale_tril @ start.modes.scale_tril.mT
+    order = start.laws.loc[:, 0].argsort()
+    torch.testing.assert_close(start.laws.loc[order], LOC, rtol=0, atol=0.1)
+    covariance = start.laws.scale_tril @ start.laws.scale_tril.mT
     torch.testing.assert_close(covariance[order], TRIL @ TRIL.mT, rtol=0.05, atol=0.02)
-    torch.testing.assert_close(start.modes.log_weight[order].exp(), 0.5 * WEIGHT + 0.25, rtol=0, atol=0.03)
+    torch.testing.assert_close(start.laws.log_weight[order].exp(), 0.5 * WEIGHT + 0.25, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize(

@@ -216,12 +216,12 @@ def test_the_rule_follows_the_tail_of_the_first_weights():
     torch.manual_seed(3)
     population = Population()
     spread = torch.randn(2048)
-    assert population.needed(40 * spread)
-    assert population.needed(torch.where(torch.arange(2048) < 3, spread, -math.inf))
+    assert population.needed(40 * spread, 2)
+    assert population.needed(torch.where(torch.arange(2048) < 3, spread, -math.inf), 2)
     # Heavy tails that are worth weighting: a few effective draws say little, k̂ says enough.
-    assert not population.needed(2 * spread)
-    assert not population.needed(torch.zeros(2048))
-    assert settings().needed(torch.zeros(2048))
+    assert not population.needed(2 * spread, 2)
+    assert not population.needed(torch.zeros(2048), 2)
+    assert settings().needed(torch.zeros(2048), 2)
 
 
 def test_only_the_first_round_decides():

@@ -12,17 +12,16 @@ from test_denoiser import random_network
 
 from pyro_sm.base import Evaluations
 from pyro_sm.corrections import PriorStart, TemperedSMC
+from pyro_sm.corrections.mixture_start import moments, widened
 from pyro_sm.denoiser import Denoiser
 from pyro_sm.density import FunctionDensity
 from pyro_sm.diagnostics import Probe, Probed
 from pyro_sm.diagnostics.probe import (
     effective_particles,
-    moments,
     process_base,
     process_log_weight,
     start_for,
     unknown_share,
-    widened,
 )
 from pyro_sm.model import ModelDensity
 from pyro_sm.sampling.defensive import WideComponent

@@ -170,7 +170,7 @@ def test_unequal_modes(seed):
 def test_many_well(seed):
     torch.manual_seed(seed)
     target = ManyWell(32, dtype=torch.float64)
-    run = TemperedSMC(1500, 5, HamiltonianMove(5, 0.8)).run(*problem(target))
+    run = TemperedSMC(1500, 15, HamiltonianMove(5, 0.8)).run(*problem(target))  # the error is for moves that mix
     assert target.log_evidence == pytest.approx(164.6957, abs=1e-3)
     assert run.log_evidence_se < 0.45
     assert abs(run.log_evidence - target.log_evidence) < 4 * run.log_evidence_se

@@ -8,7 +8,8 @@ tempering.
 from pyro_sm.corrections.annealing_path import Bridge, Power, PriorStart
 from pyro_sm.corrections.importance import Correction, ImportanceResampling, Raw
 from pyro_sm.corrections.metropolis import IndependentMetropolis
-from pyro_sm.corrections.mode_search import MixtureStart, ModeSearch
+from pyro_sm.corrections.mixture_start import MixtureStart
+from pyro_sm.corrections.mode_search import ModeSearch
 from pyro_sm.corrections.moves import HamiltonianMove
 from pyro_sm.corrections.parallel import ParallelTempering, TemperedChains
 from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from pyro_sm.base import Density
 from pyro_sm.corrections.annealing_path import Start
-from pyro_sm.weights import effective_sample_size, systematic
+from pyro_sm.corrections.mixture_start import MixtureStart, NormalLaws
+from pyro_sm.weights import effective_sample_size
 
 _MEMORY = 10
 _SUFFICIENT = 1e-4  # of the predicted gain: Armijo's condition
@@ -39,75 +40,11 @@ _APART = 4.0  # squared distance of two modes, in widths
 _NORMAL_IQR = 1.349  # interquartile range of N(0, 1)
 
 
-class Modes(NamedTuple):
-    """``loc`` (K, D), lower Cholesky factors ``scale_tril`` (K, D, D) and ``log_weight`` (K,) of normal laws."""
-
-    loc: Tensor
-    scale_tril: Tensor
-    log_weight: Tensor
-
-    def nearest(self, z: Tensor) -> Tensor:
-        """Which law (N,) each latent (N, D) most likely comes from."""
-        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        found = []
-        for k in range(len(self.loc)):
-            white = torch.linalg.solve_triangular(self.scale_tril[k], (z - self.loc[k]).T, upper=False)
-            found.append(self.log_weight[k] - log_det[k] - 0.5 * white.square().sum(0))
-        return torch.stack(found).argmax(0)
-
-
 class Search(NamedTuple):
     """What was found: the ``start`` to anneal from, and the ``modes``, None where they cannot be listed."""
 
     start: Start
-    modes: Modes | None
-
-
-class MixtureStart:
-    """``ρ b + (1−ρ) Σ_k w_k N(m_k, Σ_k)``, a start with exact draws.
-
-    Args:
-        start: ``b``.
-        modes: the normal laws; their weights sum to 1.
-        share: ρ, in (0, 1).
-    """
-
-    def __init__(self, start: Start, modes: Modes, share: float) -> None:
-        self.start, self.modes, self.share = start, modes, share
-        dim = modes.loc.shape[1]
-        eye = torch.eye(dim, dtype=modes.loc.dtype, device=modes.loc.device)
-        self._whiten = torch.linalg.solve_triangular(modes.scale_tril, eye.expand_as(modes.scale_tril), upper=False)
-        log_det = modes.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        self._constant = modes.log_weight - log_det - 0.5 * dim * math.log(2 * math.pi) + math.log1p(-share)
-
-    def sample(self, num_draws: int) -> Tensor:
-        """Draws (num_draws, D), those of ``b`` first; every part has its share of them, up to one draw."""
-        loc, tril, log_weight = self.modes
-        uniform = torch.rand(2, dtype=torch.float64, device=loc.device)
-        num_start = int(self.share * num_draws + float(uniform[0]))
-        which = systematic(torch.softmax(log_weight.double(), 0), uniform[1], num_draws - num_start)
-        near = torch.randn(len(which), loc.shape[1], dtype=loc.dtype, device=loc.device)
-        for k in which.unique():
-            near[which == k] = loc[k] + near[which == k] @ tril[k].T
-        return torch.cat([self.start.sample(num_start).to(near), near]) if num_start else near
-
-    def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``log b'`` (N,) in nats, and its score (N, D)."""
-        log_b, score_b = self.start.log_prob_and_score(z)
-        # One part at a time: (K, N, D) would be memory for nothing.
-        parts = [c - 0.5 * self._white(z, k).square().sum(-1) for k, c in enumerate(self._constant)]
-        log_parts = torch.stack(
-            [torch.nan_to_num(log_b, nan=-math.inf, neginf=-math.inf) + math.log(self.share), *parts]
-        )
-        responsibility = torch.softmax(log_parts, 0)
-        held = responsibility[0].unsqueeze(-1)
-        score = torch.where(held > 0, held * score_b, 0.0)
-        for k, whiten in enumerate(self._whiten):
-            score = score - responsibility[k + 1].unsqueeze(-1) * (self._white(z, k) @ whiten)
-        return torch.logsumexp(log_parts, 0), score
-
-    def _white(self, z: Tensor, k: int) -> Tensor:
-        return (z - self.modes.loc[k]) @ self._whiten[k].T
+    modes: NormalLaws | None
 
 
 class _Step(NamedTuple):
@@ -218,6 +155,7 @@ class ModeSearch:
         num_ascents: how many climb; a mode is found if one begins in its basin.
         max_steps: of every ascent, each one density and one gradient evaluation per row.
         max_modes: with more than these there is no use in a list.
+        max_dim: with more latents than these the modes are not looked for: each costs 4D gradients for its curvature.
         start_share: ρ, in (0, 1).
         widening: ascents begin at the start's draws, this much farther from their median: else the basins in the
             tails of the start have few.
@@ -230,12 +168,13 @@ class ModeSearch:
     num_ascents: int = 512
     max_steps: int = 60
     max_modes: int = 100
+    max_dim: int = 200
     start_share: float = 0.5
     widening: float = 1.5
     min_effective_share: float = 0.15
 
     def __post_init__(self) -> None:
-        for name in ("num_ascents", "max_steps", "max_modes"):
+        for name in ("num_ascents", "max_steps", "max_modes", "max_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
         if not self.widening > 0:
@@ -255,6 +194,8 @@ class ModeSearch:
 
         ``progress`` is called after every step of the ascents and every mode.
         """
+        if density.dim > self.max_dim:
+            return Search(start, None)
         z = start.sample(self.num_ascents)
         quarter, loc, three = torch.quantile(z.double(), z.new_tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
         spread = ((three - quarter) / _NORMAL_IQR).to(z)
@@ -272,7 +213,7 @@ class ModeSearch:
 
     def _merged(
         self, density: Density, z: Tensor, log_p: Tensor, scale: Tensor, progress: Callable[[], None] | None
-    ) -> Modes | None:
+    ) -> NormalLaws | None:
         """The modes among end points ``z`` (N, D) with ``log_p`` (N,); None if there are too many, or none."""
         left = torch.isfinite(log_p)
         found: list[tuple[int, Tensor]] = []
@@ -296,4 +237,4 @@ class ModeSearch:
         tril = torch.linalg.cholesky(torch.linalg.inv(torch.stack([p for _, p in found])))
         log_volume = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         weight = 0.5 * torch.softmax(log_p[index].double() + log_volume, 0) + 0.5 / len(found)
-        return Modes(z[index], (scale.double().unsqueeze(-1) * tril).to(z), weight.log().to(z))
+        return NormalLaws(z[index], (scale.double().unsqueeze(-1) * tril).to(z), weight.log().to(z))

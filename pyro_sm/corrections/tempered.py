@@ -4,13 +4,15 @@ r"""Tempered sequential Monte Carlo: particles carried from a start ``b`` to the
     ``p_β(z) ∝ b(z)^{1−β} p̃(z)^β``,   ``0 = β_0 < … < β_T = 1``.
 
 At each temperature the particles are weighted by ``w = (p̃/b)^{β_t − β_{t−1}}``, resampled, and moved by moves that
-leave ``p_{β_t}`` as it is. The next β is the largest for which the weights keep an effective share of the particles.
+leave ``p_{β_t}`` as it is, in the metric of their scores (``metric.py``). The next β is the largest for which the
+weights keep an effective share of the particles.
 ``Π_t mean(w)`` estimates ``Z`` without bias when the schedule is fixed (with the adaptive one, nearly). Only the
 density of the *target* is counted: one value and one gradient per particle and leapfrog step.
 
 Its error comes from the genealogy. With ``W_e`` the share of the last weights that descends from the first particle
 ``e``, ``var(Ẑ)/Z² ≈ (Σ_e W_e² − 1/N) N/(N−1)``. With one temperature this is the error of importance sampling. Few
-surviving lines mean an error that cannot be told; with one there is no estimate.
+surviving lines mean an error that cannot be told; with one there is no estimate. It takes the moves to mix at every
+temperature: where they do not, it is too small.
 
 What it cannot do: carry particles between modes once barriers have risen. The share of a mode is what resampling
 left of it, so rare modes are noisy, and lost for good if no particle is near when they separate; no estimate of the
@@ -32,7 +34,8 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density
-from pyro_sm.corrections.annealing_path import Bridge, OnPath, Points, Start, width
+from pyro_sm.corrections.annealing_path import Bridge, OnPath, Points, Start
+from pyro_sm.corrections.metric import Metric, fisher_metric
 from pyro_sm.corrections.moves import HamiltonianMove
 from pyro_sm.weights import damping, effective_sample_size, log_mean_exp, resample
 
@@ -135,13 +138,11 @@ class TemperedSMC:
             log_evidence += float(log_mean_exp(log_w))
             error = genealogical_error(log_w, ancestor)
             on_path = OnPath(path, start, density, torch.full_like(points.log_p, beta))
-            share = torch.softmax(log_w, 0).to(points.z)[:, None]
-            # Points outside the support have no weight, and scores that may be anything.
-            square = path.chains(points, on_path.beta).score.square() * share
-            scale = width(torch.where(share > 0, square, 0).nan_to_num(0.0, 0.0).sum(0))
+            share = torch.softmax(log_w, 0).to(points.z)
+            metric = fisher_metric(path.chains(points, on_path.beta).score, share)
             index = resample(log_w, n)
             points, ancestor = points.at(index), ancestor[index]
-            points, step_size, acceptance = self._moved(on_path, points, step_size, scale)
+            points, step_size, acceptance = self._moved(on_path, points, step_size, metric)
             effective, lines = effective_sample_size(log_w) / n, len(ancestor.unique())
             history.append(Temperature(beta, effective, acceptance, float(step_size), log_evidence, lines))
             if progress is not None:
@@ -149,12 +150,12 @@ class TemperedSMC:
         return TemperedParticles(points.z, points.log_p, points.score_p, log_evidence, error, tuple(history))
 
     def _moved(
-        self, on_path: OnPath, points: Points, step_size: Tensor, scale: Tensor
+        self, on_path: OnPath, points: Points, step_size: Tensor, metric: Metric
     ) -> tuple[Points, Tensor, float]:
         """Points and step size after the moves of one temperature, and their mean acceptance."""
         mean = torch.zeros_like(step_size)
         for _ in range(self.num_moves):
-            move = self.move.apply(on_path, on_path.path.chains(points, on_path.beta), step_size, scale)
+            move = metric.moved(self.move, on_path, on_path.path.chains(points, on_path.beta), step_size)
             points = on_path.last.where(move.accepted, points)
             step_size = self.move.adapted(step_size, move.acceptance.mean())
             mean = mean + move.acceptance.mean() / self.num_moves

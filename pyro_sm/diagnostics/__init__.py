@@ -7,7 +7,22 @@ from pyro_sm.diagnostics.benchmark_plots import (
     plot_error_against_evaluations,
     plot_samples_over_contours,
 )
+from pyro_sm.diagnostics.calibration import (
+    Calibration,
+    Fitted,
+    Simulated,
+    simulation_based_calibration,
+    simultaneous_band,
+    uniformity,
+)
+from pyro_sm.diagnostics.calibration_plots import plot_calibration
 from pyro_sm.diagnostics.check import check, check_guide
+from pyro_sm.diagnostics.evidence_comparison import (
+    ComparedModel,
+    EvidenceComparison,
+    LogBayesFactor,
+    compare_evidence,
+)
 from pyro_sm.diagnostics.export import KHAT_THRESHOLD, Provenance, draws_to_arviz, to_arviz
 from pyro_sm.diagnostics.goodness_of_fit import GoodnessOfFit, stein_goodness_of_fit
 from pyro_sm.diagnostics.guide_draws import WeightedGuide, draw_from_guide, guide_log_weight
@@ -18,12 +33,18 @@ from pyro_sm.diagnostics.verdict import Findings, Reason, Thresholds, Trust, Tru
 
 __all__ = [
     "KHAT_THRESHOLD",
+    "Calibration",
+    "ComparedModel",
+    "EvidenceComparison",
     "Findings",
+    "Fitted",
     "GoodnessOfFit",
+    "LogBayesFactor",
     "Probe",
     "Probed",
     "Provenance",
     "Reason",
+    "Simulated",
     "Thresholds",
     "Trust",
     "TrustWarning",
@@ -31,18 +52,23 @@ __all__ = [
     "WeightedGuide",
     "check",
     "check_guide",
+    "compare_evidence",
     "draw_from_guide",
     "draws_to_arviz",
     "guide_log_weight",
     "judge",
     "plot_against_dimension",
+    "plot_calibration",
     "plot_energies",
     "plot_error_against_evaluations",
     "plot_khat",
     "plot_raw_vs_weighted",
     "plot_samples_over_contours",
     "plot_training",
+    "simulation_based_calibration",
+    "simultaneous_band",
     "stein_goodness_of_fit",
     "summary_table",
     "to_arviz",
+    "uniformity",
 ]

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_sm.base import RoundInfo
+from pyro_sm.base import Density, Evaluations, RoundInfo
+from pyro_sm.corrections.annealing_path import Start
 from pyro_sm.corrections.mixing import effective_draws, split_rhat
+from pyro_sm.corrections.mixture_start import moments
 from pyro_sm.diagnostics.goodness_of_fit import stein_p_value
 from pyro_sm.diagnostics.guide_draws import draw_from_guide, guide_log_weight
-from pyro_sm.diagnostics.probe import Probe, Probed, effective_particles, moments, start_for, unknown_share
+from pyro_sm.diagnostics.probe import Probe, Probed, effective_particles, start_for, unknown_share
 from pyro_sm.diagnostics.verdict import Findings, Thresholds, Verdict, judge
 from pyro_sm.model import ModelDensity
 from pyro_sm.model_trace import isolated_rng
@@ -139,6 +141,41 @@ def stein_findings(
     return replace(findings, stein_p=stein_p_value(density, z[chosen]))
 
 
+def look_elsewhere(
+    probe: Probe,
+    density: Density,
+    start: Start,
+    log_weight: Tensor,
+    thresholds: Thresholds | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Probed:
+    """What the probe finds; once more, with more of everything, where that is too little to judge by.
+
+    Too few lines of descent, or less evidence than the guide's weights have, which are right on average: in both
+    cases the probe has missed something, and not, as far as one can see, the guide.
+
+    Args:
+        probe: how to look.
+        density: the posterior.
+        start: where to begin.
+        log_weight: of the guide's pool (N,), nats.
+        thresholds: what is too little.
+        progress: told of every β reached.
+    """
+    limits, guide = thresholds or Thresholds(), evidence(log_weight)
+    found = probe.run(density, start, progress=progress)
+    while probe.num_repeats > 0 and not found.failure:
+        error = math.hypot(found.log_evidence_se, guide.log_evidence_se)
+        missing = guide.log_evidence - found.log_evidence > limits.drift + limits.deviations * error
+        if effective_particles(found) >= limits.min_particles and not missing:
+            break
+        probe = probe.stronger
+        again, before = probe.run(density, start, progress=progress), found.evaluations
+        total = Evaluations(before.density + again.evaluations.density, before.gradient + again.evaluations.gradient)
+        found = (found if again.failure else again)._replace(evaluations=total)
+    return found
+
+
 @contextmanager
 def probe_progress(disable: bool) -> Iterator[Callable[[float], None]]:
     """A progress bar for the probe, told of every β."""
@@ -194,7 +231,8 @@ def check_guide(
         if isinstance(probe, Probe):
             with probe_progress(disable_progbar) as report:
                 # In units of the guide's own draws, for lack of anything better, where there is no prior.
-                probe = probe.run(density, start_for(density, lambda: moments(pool.z)), progress=report)
+                start = start_for(density, lambda: moments(pool.z))
+                probe = look_elsewhere(probe, density, start, pool.log_weight, thresholds, report)
         if probe is not None:
             own = None if probe.failure else guide_log_weight(guide, density, probe.z, probe.log_p, args, kwargs)
             findings = probe_findings(findings, pool.log_weight, probe, [] if own is None else [own])

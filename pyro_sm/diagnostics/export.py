@@ -9,14 +9,20 @@ in ``arviz_base``. The same groups are written in both:
 ``sample_stats``                  ``lp`` = ``log p̃``, ``log_q``, nats, of the same draws
 ``log_likelihood``                pointwise, nats; left out where the model cannot give it (enumerated sites)
 ``posterior_predictive``          observed sites drawn anew
-``prior``                         draws of the prior; left out where the prior is improper
+``prior``                         draws of the prior, and deterministic sites; left out where the prior is improper
+``prior_predictive``              observed sites drawn from them; left out, too, where they cannot be (said so)
 ``observed_data``                 the data
 ``guide``                         the raw draws (chain=1) with ``lp`` and ``log_weight``: what k̂ is about
 ``training``                      one entry per round of training
 ================================  ==========================================================================
 
 Attributes of ``posterior`` say whether to trust it (``pareto_khat``, ``importance_ess`` as a share of the raw
-draws, ``log_evidence`` and ``log_evidence_se`` in nats) and how it came about.
+draws, ``log_evidence`` and ``log_evidence_se`` in nats) and how it came about. ``improper_prior`` names latent sites
+whose prior is improper, where there are any: the evidence is then known up to a constant only.
+
+Variables of ``log_likelihood`` and ``observed_data`` have the names of their sites, as ``arviz.from_pyro`` gives
+them, so that ``arviz.compare`` takes a fit of ours and one of Pyro's NUTS together. (``from_pyro`` counts
+deterministic sites as data: of a model with such sites, ``var_name`` must say which variable is meant.)
 
 Of one guide the draws are independent, then resampled; they are dealt to ``num_chains`` chains in random order
 because ArviZ's functions want chains. So R̂ is 1 by construction, and ArviZ's ``ess_bulk`` counts repeated draws as if
@@ -40,7 +46,7 @@ import torch
 from torch import Tensor
 
 import pyro_sm
-from pyro_sm.base import Draws, Evaluations, RoundInfo
+from pyro_sm.base import Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.corrections import Correction, ImportanceResampling
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
 from pyro_sm.diagnostics.verdict import Trust, TrustWarning, Verdict
@@ -53,6 +59,7 @@ KHAT_THRESHOLD = 0.7
 
 _DEFAULT_CORRECTION = ImportanceResampling()
 _CHUNK = 1000
+_OWN_NAMES = ("lp", "log_q", "log_weight")  # of variables that are no sites, though a site may be called so
 _UNITS = {"log_evidence": "nats", "log_evidence_se": "nats", "seconds": "s", "ess": "share of the draws"}
 
 
@@ -107,7 +114,7 @@ def draws_to_arviz(
             after the other, and the correction keeps that order, so that chains are replicas.
         predictive: whether to draw ``posterior_predictive``.
         log_likelihood: whether to compute ``log_likelihood`` (``num_samples`` × size of the data numbers).
-        prior: whether to draw ``prior``.
+        prior: whether to draw ``prior`` and, with ``predictive``, ``prior_predictive``.
         legacy: ``True`` for ``InferenceData``, ``False`` for ``DataTree``, ``None`` for what the installed
             ArviZ uses.
 
@@ -117,6 +124,7 @@ def draws_to_arviz(
 
     Warns:
         TrustWarning: k̂ is above 0.7, so the weights cannot be trusted, or the verdict says not to trust them.
+        PyroSMWarning: data cannot be drawn from the prior.
     """
     if num_chains < 1 or num_samples % num_chains:
         raise ValueError(f"expected num_chains to divide num_samples={num_samples}, found {num_chains}")
@@ -125,6 +133,7 @@ def draws_to_arviz(
     attributes = _attributes(draws, correction, provenance, legacy)
     _warn_if_untrusted(attributes["pareto_khat"], attributes["importance_ess"], verdict)
     attributes |= {"num_replicas": num_replicas} if num_replicas > 1 else {}
+    attributes |= {"improper_prior": ", ".join(density.improper)} if density.improper else {}
     if verdict is not None:
         attributes |= {"verdict": verdict.level.words, **verdict.findings.attributes()}
     with torch.no_grad():
@@ -132,10 +141,11 @@ def draws_to_arviz(
         if predictive and density.observed:
             groups["posterior_predictive"] = _into_chains(_predictive(density, draws.z[index]), num_chains)
         if prior and not density.improper:
-            groups["prior"] = _into_chains(_in_chunks(density.unpack, density.prior_draws(num_samples)), 1)
+            groups |= _prior_groups(density, num_samples, predictive)
         if density.observed:
             groups["observed_data"] = {name: _numpy(value) for name, value in density.observed.items()}
         guide = _in_chunks(density.unpack, draws.z)
+    guide = {f"{name}_site" if name in _OWN_NAMES else name: values for name, values in guide.items()}
     guide |= {"lp": _numpy(draws.log_p), "log_weight": _numpy(draws.log_weight)}
     groups["guide"] = _into_chains(guide, 1)
     names = _dimension_names(density, groups)
@@ -293,6 +303,25 @@ def _posterior_groups(
     return groups
 
 
+def _prior_groups(density: ModelDensity, num_draws: int, predictive: bool) -> Groups:
+    """``prior``, with deterministic sites, and ``prior_predictive``, of the same draws, in one chain."""
+    z = density.prior_draws(num_draws)
+    prior = _in_chunks(density.unpack, z)
+    if density.deterministic:
+        prior |= _in_chunks(density.deterministics, z)
+    groups = {"prior": _into_chains(prior, 1)}
+    if predictive and density.observed:
+        try:
+            groups["prior_predictive"] = _into_chains(_predictive(density, z), 1)
+        except (ValueError, RuntimeError) as error:  # a wide prior overflows where the posterior never goes
+            warnings.warn(
+                f"no data can be drawn from the prior, so there is no group prior_predictive: {error}",
+                PyroSMWarning,
+                stacklevel=3,
+            )
+    return groups
+
+
 def _attributes(draws: Draws, correction: Correction, provenance: Provenance, legacy: bool) -> dict[str, Any]:
     """Attributes of ``posterior``: strings, ints and floats only, so that NetCDF can store them."""
     log_w = draws.log_weight
@@ -399,15 +428,28 @@ def _training_dataset(history: Sequence[RoundInfo]) -> Any:
     )
 
 
+def _apart(groups: Groups) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Groups of sites only, and those that hold :data:`_OWN_NAMES` as well."""
+    own = {group: values for group, values in groups.items() if group in ("sample_stats", "guide")}
+    return {group: values for group, values in groups.items() if group not in own}, own
+
+
+def _dims_of_sites(names: _Names) -> dict[str, list[str]]:
+    """Without those of sites that have one of :data:`_OWN_NAMES`, whose variables have no dimensions of their own."""
+    return {name: dims for name, dims in names.dims.items() if name not in _OWN_NAMES}
+
+
 def _inference_data(groups: Groups, names: _Names, attributes: dict[str, Any], history: Sequence[RoundInfo]) -> Any:
     """Line 0.x."""
     import arviz
 
-    known: dict[str, Any] = {group: values for group, values in groups.items() if group != "guide"}
-    data = arviz.from_dict(**known, dims=names.dims, coords=names.coords, posterior_attrs=attributes)
-    guide = arviz.dict_to_dataset(groups["guide"], dims=names.dims, coords=names.coords)
-    extra = {"guide": guide} | ({"training": _training_dataset(history)} if history else {})
-    data.add_groups(extra)
+    sites, own = _apart(groups)
+    data = arviz.from_dict(**sites, dims=names.dims, coords=names.coords, posterior_attrs=attributes)
+    extra = {
+        group: arviz.dict_to_dataset(values, dims=_dims_of_sites(names), coords=names.coords)
+        for group, values in own.items()
+    }
+    data.add_groups(extra | ({"training": _training_dataset(history)} if history else {}))
     return data
 
 
@@ -416,7 +458,10 @@ def _data_tree(groups: Groups, names: _Names, attributes: dict[str, Any], histor
     import arviz_base
     import xarray
 
-    tree = arviz_base.from_dict(groups, dims=names.dims, coords=names.coords, attrs={"posterior": attributes})
+    sites, own = _apart(groups)
+    tree = arviz_base.from_dict(sites, dims=names.dims, coords=names.coords, attrs={"posterior": attributes})
+    for group, data in arviz_base.from_dict(own, dims=_dims_of_sites(names), coords=names.coords).children.items():
+        tree[group] = data
     if history:
         tree["training"] = xarray.DataTree(_training_dataset(history))
     return tree

@@ -29,25 +29,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess, Evaluations, HasPrior
-from pyro_sm.corrections import MixtureStart, ModeSearch, PriorStart, TemperedSMC
+from pyro_sm.corrections import ModeSearch, PriorStart, TemperedSMC
 from pyro_sm.corrections.annealing_path import Start
-from pyro_sm.corrections.mode_search import Modes
-from pyro_sm.density import GaussianDensity
+from pyro_sm.corrections.mixture_start import widened
 from pyro_sm.sampling.defensive import Defence, mixture_log_weight
 
 _RANK = 10
 """The pool's weight of this rank is the last of which it can be said that there are some like it."""
 _MARGIN = math.log(3.0)
 """Nats beyond it: particles that are not quite at rest have weights a little above those of exact draws."""
-_WIDENINGS = (3.0, 10.0)
-"""Widths of the start, beside 1, in those of a base that nobody has checked: other modes are many widths off."""
 
 
 class Probed(NamedTuple):
@@ -73,6 +70,9 @@ class Probe:
         smc: the tempered sampler. Two thousand particles, of which a few hundred lines survive, see a
             share of 2 %.
         modes: the search that adds modes to its start, or None to go without it.
+        max_dim: with more latents than these it does not begin: it would take longer than anyone waits.
+        num_repeats: how often it is run again, each time with twice as many particles and moves, where it has found
+            less than the guide, or its particles descend from too few lines.
     """
 
     smc: TemperedSMC = field(
@@ -81,6 +81,14 @@ class Probe:
         )
     )
     modes: ModeSearch | None = field(default_factory=lambda: ModeSearch(num_ascents=256, max_steps=40))
+    max_dim: int = 300
+    num_repeats: int = 1
+
+    @property
+    def stronger(self) -> Probe:
+        """With twice as many particles and twice as many moves, and one repeat less."""
+        smc = replace(self.smc, num_particles=2 * self.smc.num_particles, num_moves=2 * self.smc.num_moves)
+        return replace(self, smc=smc, num_repeats=self.num_repeats - 1)
 
     @torch.no_grad()
     def run(self, density: Density, start: Start, *, progress: Callable[[float], None] | None = None) -> Probed:
@@ -93,33 +101,31 @@ class Probe:
             start: where to begin, such as :func:`start_for`.
             progress: told of every β reached, and of 0 while modes are sought; it may raise to stop.
         """
+        if density.dim > self.max_dim:
+            why = f"{density.dim} latents are more than the {self.max_dim} it is made for (Probe(max_dim=...))"
+            return _nothing(density, why, Evaluations())
         before = (density.evaluations.density, density.evaluations.gradient)
 
         def tell(beta: float) -> None:
             if progress is not None:
                 progress(beta)
 
-        failure = ""
+        def spent() -> Evaluations:
+            after = density.evaluations
+            return Evaluations(after.density - before[0], after.gradient - before[1])
+
         try:
             if self.modes is not None:
                 start = self.modes.run(density, start, progress=lambda: tell(0.0))
             found = self.smc.run(density, start, progress=lambda temperature: tell(temperature.beta))
         except (ValueError, torch.linalg.LinAlgError) as error:  # a density that is not finite, or β = 1 not reached
-            failure = str(error)
-        after = density.evaluations
-        spent = Evaluations(after.density - before[0], after.gradient - before[1])
-        if failure:
-            nothing = torch.empty(0, density.dim, dtype=density.dtype, device=density.device)
-            return Probed(nothing, nothing[:, 0], math.nan, math.inf, failure, spent)
-        return Probed(found.z, found.log_p, found.log_evidence, found.log_evidence_se, "", spent)
+            return _nothing(density, str(error), spent())
+        return Probed(found.z, found.log_p, found.log_evidence, found.log_evidence_se, "", spent())
 
 
-def widened(loc: Tensor, scale_tril: Tensor) -> Start:
-    """A third each of ``N(loc, L Lᵀ)`` and of the same, 3 and 10 times as wide; ``loc`` (D,), ``L`` (D, D)."""
-    wide = torch.stack([width * scale_tril for width in _WIDENINGS])
-    count = len(_WIDENINGS)
-    equal = torch.full((count,), -math.log(count), dtype=loc.dtype, device=loc.device)
-    return MixtureStart(GaussianDensity(loc, scale_tril), Modes(loc.expand(count, -1), wide, equal), 1 / (count + 1))
+def _nothing(density: Density, failure: str, spent: Evaluations) -> Probed:
+    nothing = torch.empty(0, density.dim, dtype=density.dtype, device=density.device)
+    return Probed(nothing, nothing[:, 0], math.nan, math.inf, failure, spent)
 
 
 def start_for(density: Density, base: Callable[[], tuple[Tensor, Tensor]]) -> Start:
@@ -127,12 +133,6 @@ def start_for(density: Density, base: Callable[[], tuple[Tensor, Tensor]]) -> St
     if isinstance(density, HasPrior) and density.has_prior:
         return PriorStart(density)
     return widened(*base())
-
-
-def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and diagonal scale (D, D) of draws (N, D), as a base; a latent that does not vary has scale 1."""
-    scale = z.std(0)
-    return z.mean(0), torch.where(scale > 0, scale, 1.0).diag()
 
 
 def process_base(process: DiffusionProcess) -> tuple[Tensor, Tensor]:

@@ -167,7 +167,9 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         """The population after this round; the first round decides whether there is one."""
         settings, particles = self.population, self.state.population
         first = not self.state.buffer.rounds
-        if settings is None or (particles is None and not (first and settings.needed(new.draws.log_weight))):
+        if settings is None or (
+            particles is None and not (first and settings.needed(new.draws.log_weight, density.dim))
+        ):
             return None
         with torch.no_grad(), poutine.block():
             process = guide.diffusion(args, kwargs)

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
-from pyro_sm.corrections.annealing_path import PriorStart, Start, width
+from pyro_sm.corrections.annealing_path import PriorStart, Start
+from pyro_sm.corrections.metric import fisher_metric
 from pyro_sm.corrections.mode_search import ModeSearch
 from pyro_sm.corrections.moves import Chains, HamiltonianMove
 from pyro_sm.corrections.tempered import TemperedSMC
@@ -69,6 +70,8 @@ class Population:
         min_khat: a fit has a population if the Pareto shape k̂ of its first round's weights is at least this; ``-inf``
             for always. k̂ says how far the weights are from having a mean; unlike the effective sample size of a round
             without a usable draw, it varies little from seed to seed.
+        max_dim: with more latents than these there is none: the seeding would take longer than anyone waits, and
+            weights in so many dimensions are useless all the same. k̂ says so.
         min_gamma: rounds with a damping exponent below this do not join the training data.
         rebase: whether an untrained guide moves its base to the first particles. A base far wider than the posterior
             spends the network, and its levels, on finding it.
@@ -86,11 +89,12 @@ class Population:
     )
     modes: ModeSearch | None = field(default_factory=ModeSearch)
     min_khat: float = 8.0
+    max_dim: int = 300
     min_gamma: float = 0.7
     rebase: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.num_particles, self.num_moves) < 1:
+        if min(self.num_particles, self.num_moves, self.max_dim) < 1:
             raise ValueError("expected positive counts")
         if math.isnan(self.min_khat):
             raise ValueError("expected min_khat to be a number, found NaN")
@@ -107,9 +111,9 @@ class Population:
         """Density and gradient evaluations of the moves of one round."""
         return self.num_particles * self.num_moves * self.move.num_leapfrog
 
-    def needed(self, log_weight: Tensor) -> bool:
-        """Whether weights (N,), nats, of the first round leave so little that the particles must teach."""
-        return pareto_smooth(log_weight).khat >= self.min_khat
+    def needed(self, log_weight: Tensor, dim: int) -> bool:
+        """Whether weights (N,), nats, of the first round leave so little that particles must teach; ``dim``: D."""
+        return dim <= self.max_dim and pareto_smooth(log_weight).khat >= self.min_khat
 
     def seeded(
         self, process: DiffusionProcess, density: Density, progress: Callable[[float], None] | None = None
@@ -173,7 +177,8 @@ class Population:
         chains = Chains(particles.z, particles.log_p, particles.score)
         step = particles.step_size
         for _ in range(self.num_moves):
-            move = self.move.apply(density.log_prob_and_score, chains, step, width(chains.score.square().mean(0)))
+            metric = fisher_metric(chains.score)
+            move = metric.moved(self.move, density.log_prob_and_score, chains, step)
             chains, step = move.chains, self.move.adapted(step, move.acceptance.mean(), rate=0.3)
         return Particles(*chains, step)
 

@@ -133,6 +133,18 @@ def mixture_log_weight(log_p: Tensor, log_ratio: Tensor, log_wide: Tensor, share
     return log_p - torch.logaddexp(math.log1p(-share) - log_ratio, math.log(share) + log_wide)
 
 
+def _finite(process: DiffusionProcess, z: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Paths that overflowed, as those of a network in its first steps may, put to the base with ``log R = −∞``.
+
+    They end where a normalisable density is zero: so is their weight.
+    """
+    lost = ~torch.isfinite(z).all(-1) | torch.isnan(log_ratio)
+    if not bool(lost.any()):
+        return z, log_ratio
+    middle = process.to_latent(torch.zeros_like(z[:1]))
+    return torch.where(lost[:, None], middle, z), torch.where(lost, -math.inf, log_ratio)
+
+
 def draw_defensively(
     process: DiffusionProcess, density: Density, defence: Defence, num_draws: int, *, with_score: bool = False
 ) -> tuple[Draws, int]:
@@ -142,7 +154,7 @@ def draw_defensively(
         The draws, the sampler's own first, and how many of them are the sampler's own.
     """
     num_wide = min(round(defence.share * num_draws), num_draws - 1)
-    z, log_ratio = process.draw(num_draws - num_wide)
+    z, log_ratio = _finite(process, *process.draw(num_draws - num_wide))
     if num_wide:
         outer = defence.draw(process, density, num_wide)
         z = torch.cat([z, outer])

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Simulation-based calibration: ranks of parameters drawn from the prior, over many small fits.
+
+``python -m pyro_sm bench calibration --models eight-schools logistic --datasets 100 --evaluations 8000 --out F.jsonl
+--figure F.png``: for each data set drawn from the model, a fit with everything at its default but the budget, and the
+rank of the truth among 99 of its draws. One row per data set, appended as it ends; a row that is in the file is not
+run again, and Ctrl-C loses the data set under way. Then, per test quantity, the exact p-value of the ECDF and that of
+χ², mean rank and spread, and the smallest p-value times the number of test quantities. See
+``diagnostics/calibration.py`` for what is tested.
+
+A row also has the k̂ of the weights, the effective share of the pool, evaluations and CPU seconds: of training, of
+4000 draws after it, of ranking. Ways: ``sampler``, usable draws (importance resampling); ``raw``, the same guide's
+draws without their weights; ``auto-normal``, Pyro's mean-field guide with ``Trace_ELBO``, which is too narrow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import ClippedAdam
+from torch import Tensor
+
+from pyro_sm.bench.targets import machine
+from pyro_sm.corrections import ImportanceResampling, Raw
+from pyro_sm.diagnostics.calibration import (
+    Calibration,
+    Fit,
+    Fitted,
+    Replication,
+    Simulated,
+    simulation_based_calibration,
+)
+from pyro_sm.diagnostics.calibration_plots import plot_calibration
+from pyro_sm.diagnostics.export import KHAT_THRESHOLD
+from pyro_sm.examples import eight_schools
+from pyro_sm.sampler import DiffusionSampler, StoppingRule
+
+_RANKED = 99  # so that ranks have a hundred values
+_SAMPLES = 4000  # to take them from
+_PARTICLES = 16
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+class Problem(NamedTuple):
+    """``model(*args)``; ``sites``: whose components are ranked, beside the log likelihood."""
+
+    model: Callable[..., None]
+    args: tuple[Tensor, ...]
+    sites: tuple[str, ...]
+
+
+def eight_schools_problem() -> Problem:
+    """Eight schools, non-centred, ``μ ~ N(0, 10)``, ``τ ~ N⁺(10)``, with the standard errors of the real data."""
+
+    def model(y: Tensor, sigma: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.HalfNormal(10.0))
+        with pyro.plate("school", 8):
+            raw = pyro.sample("theta_raw", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + tau * raw)
+            pyro.sample("effect", dist.Normal(theta, sigma), obs=y)
+
+    return Problem(model, eight_schools.data(), ("mu", "tau", "theta"))
+
+
+def logistic_problem() -> Problem:
+    """Logistic regression: 60 rows, an intercept and four correlated columns, ``β ~ N(0, 1.5)``."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator)
+    x[:, 1] += x[:, 0]
+    design = torch.cat([torch.ones(60, 1), x], 1)
+
+    def model(design: Tensor, y: Tensor) -> None:
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(5), 1.5).to_event(1))
+        with pyro.plate("row", 60):
+            pyro.sample("y", dist.Bernoulli(logits=(design * beta).sum(-1)), obs=y)
+
+    return Problem(model, (design, torch.zeros(60)), ("beta",))
+
+
+MODELS: dict[str, Callable[[], Problem]] = {"eight-schools": eight_schools_problem, "logistic": logistic_problem}
+"""By the names of the command line."""
+
+# ------------------------------------------------------------------------------------------------------- ways
+
+
+def fit_by_sampler(evaluations: int, *, raw: bool = False) -> Fit:
+    """``DiffusionSampler``, at its defaults but for the budget; ``raw``: the guide's draws without their weights."""
+
+    def fit(simulated: Simulated) -> Fitted:
+        started = time.process_time()
+        stopping = StoppingRule(max_evaluations=evaluations)
+        sampler = DiffusionSampler(simulated.model, seed=simulated.seed, stopping=stopping, disable_progbar=True)
+        sampler.run(*simulated.args, **simulated.kwargs)
+        trained = time.process_time()
+        samples = sampler.get_samples(_SAMPLES, correction=Raw() if raw else ImportanceResampling())
+        info = {"khat": sampler.khat, "ESS": sampler.ess, "density": sampler.objective.evaluations.density}
+        sampler.guide.release()
+        return Fitted(samples, {**info, "CPU s": trained - started, "drawing": time.process_time() - trained})
+
+    return fit
+
+
+def fit_by_normal(evaluations: int) -> Fit:
+    """Pyro's mean-field ``AutoNormal`` with ``Trace_ELBO``, 16 particles a step, and its draws as they are."""
+
+    def fit(simulated: Simulated) -> Fitted:
+        started = time.process_time()
+        args, kwargs = simulated.args, simulated.kwargs
+        with torch.random.fork_rng():
+            torch.manual_seed(simulated.seed)
+            guide = AutoNormal(simulated.model)
+            steps = max(evaluations // _PARTICLES, 1)
+            optim = ClippedAdam({"lr": 0.03, "lrd": 0.02 ** (1 / steps)})
+            loss = Trace_ELBO(num_particles=_PARTICLES, vectorize_particles=True, max_plate_nesting=1)
+            svi = SVI(simulated.model, guide, optim, loss=loss)
+            pyro.clear_param_store()
+            for _ in range(steps):
+                svi.step(*args, **kwargs)
+            trained = time.process_time()
+            with torch.no_grad(), pyro.plate("draws", _SAMPLES, dim=-2):
+                samples = guide(*args, **kwargs)
+                values = pyro.poutine.trace(pyro.poutine.condition(simulated.model, data=samples))
+                sites: dict[str, Any] = values.get_trace(*args, **kwargs).nodes
+        draws = {
+            name: sites[name]["value"].reshape(_SAMPLES, *truth.shape) for name, truth in simulated.truth.items()
+        }
+        spent = {"CPU s": trained - started, "drawing": time.process_time() - trained}
+        return Fitted(draws, {"density": steps * _PARTICLES, **spent})
+
+    return fit
+
+
+WAYS: dict[str, Callable[[int], Fit]] = {
+    "sampler": fit_by_sampler,
+    "raw": lambda evaluations: fit_by_sampler(evaluations, raw=True),
+    "auto-normal": fit_by_normal,
+}
+"""From a budget of evaluations to a fit, by the names of the command line."""
+
+# -------------------------------------------------------------------------------------------------------- rows
+
+
+def measure(name: str, way: str, index: int, seed: int, evaluations: int) -> dict[str, Any]:
+    """A data set as a row; a fit that fails is a row that says why."""
+    row: dict[str, Any] = {
+        "model": name, "way": way, "seed": seed, "budget": evaluations, "draws": _RANKED, "dataset": index,
+    }  # fmt: skip
+    problem, started = MODELS[name](), time.process_time()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of weights: the row has their k̂
+            (one,) = simulation_based_calibration(
+                problem.model, WAYS[way](evaluations), problem.args,
+                datasets=[index], num_draws=_RANKED, sites=problem.sites, seed=seed,
+            )  # fmt: skip
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return {**row, "failed": reason, "all CPU s": time.process_time() - started}
+    return {**row, "ranks": one.ranks, **one.info, "all CPU s": time.process_time() - started, "machine": machine()}
+
+
+def _read(path: Path | None) -> list[dict[str, Any]]:
+    """Rows of the file; a last one that was cut off, by a machine that went down, is run again."""
+    if path is None or not path.is_file():
+        return []
+    text = path.read_text()
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        path.write_text(f"{whole}\n" if whole else "")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _rows(wanted: Sequence[tuple[str, int]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    done = _read(options.out)
+    for name, index in wanted:
+        key = {"model": name, "way": options.way, "seed": options.seed, "budget": options.evaluations,
+               "draws": _RANKED, "dataset": index}  # fmt: skip
+        held = [row for row in done if key.items() <= row.items()]
+        row = held[0] if held else measure(name, options.way, index, options.seed, options.evaluations)
+        if options.out is not None and not held:
+            with options.out.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        yield row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in words."""
+    head = f"{row['model']} {row['dataset']}"
+    if "failed" in row:
+        return f"{head}: failed ({row['failed']})"
+    weights = f"k̂ {row['khat']:.2f}, ESS {row['ESS']:.2f}, " if "khat" in row else ""
+    return f"{head}: {weights}{row['density']:,} evaluations, {row['all CPU s']:.1f} CPU s"
+
+
+def calibration_of(rows: Sequence[dict[str, Any]]) -> Calibration | None:
+    """Of the rows that have ranks; None if there are none."""
+    ranked = [Replication(row["dataset"], row["ranks"], {}) for row in rows if "failed" not in row]
+    return Calibration.of(ranked, _RANKED) if ranked else None
+
+
+def weights_line(rows: Sequence[dict[str, Any]]) -> str:
+    """What the weights of the fits were like, what the fits took, and how many failed."""
+    good = [row for row in rows if "failed" not in row]
+    parts = [f"{len(rows) - len(good)} of {len(rows)} fits failed"]
+    if good and "khat" in good[0]:
+        # A weight's tail that could not be fitted is NaN, and not known to be good.
+        heavy = sum(not row["khat"] <= KHAT_THRESHOLD for row in good)
+        share = statistics.median(row["ESS"] for row in good)
+        parts.append(f"k̂ > {KHAT_THRESHOLD} in {heavy} of {len(good)}, median ESS {share:.2f}")
+    if good:
+        seconds, density = (statistics.median(row[key] for row in good) for key in ("all CPU s", "density"))
+        parts.append(f"median of a data set {density:,.0f} evaluations, {seconds:.1f} CPU s")
+    return "; ".join(parts)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Per model, a table of its test quantities and a line below it."""
+    text: list[str] = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        chosen = [row for row in rows if row["model"] == name]
+        calibration = calibration_of(chosen)
+        text += [f"**{name}**: {weights_line(chosen)}.", ""]
+        if calibration is None:
+            continue
+        text += ["| test quantity | p (ECDF) | p (χ²) | mean rank | spread |", "|---|---|---|---|---|"]
+        for quantity, test in calibration.tests().items():
+            mean, spread = calibration.shape(quantity)
+            text.append(f"| {quantity} | {test.p_value:.3f} | {test.chi_square:.3f} | {mean:.3f} | {spread:.2f} |")
+        worst, corrected = calibration.smallest()
+        text += ["", f"Smallest of {len(calibration.ranks)}: {worst}, p = {corrected:.3f} after Bonferroni.", ""]
+    return "\n".join(text).rstrip()
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench calibration``."""
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--way", default="sampler", choices=list(WAYS), help="what is fitted (default %(default)s)")
+    parser.add_argument("--datasets", type=int, default=100, help="per model (default %(default)s)")
+    parser.add_argument("--evaluations", type=int, default=8000, help="of training (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="data sets already in it are not repeated")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="picture of the ranks")
+    parser.add_argument("--markdown", action="store_true", help="print tables for a README at the end")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is asked for, a line as each data set ends, then the tests."""
+    if options.evaluations < 1 or options.datasets < 1:
+        raise ValueError(
+            f"expected --evaluations >= 1 and --datasets >= 1, found {options.evaluations} and {options.datasets}"
+        )
+    # The models in turn, so that a run that is stopped has something to say on each.
+    wanted = [(name, index) for index in range(options.datasets) for name in options.models]
+    print(machine())
+    rows = []
+    for row in _rows(wanted, options):
+        rows.append(row)
+        print(f"[{len(rows)}/{len(wanted)}] {line(row)}", flush=True)
+    found: dict[str, Calibration] = {}
+    for name in options.models:
+        chosen = [row for row in rows if row["model"] == name]
+        calibration = calibration_of(chosen)
+        print(f"\n{name}: {weights_line(chosen)}")
+        if calibration is not None:
+            print(calibration)
+            found[name] = calibration
+    if options.markdown:
+        print(f"\n{markdown(rows)}")
+    if options.figure is not None and found:
+        plot_calibration(found).savefig(options.figure, dpi=110)
+        print(f"written: {options.figure}")
