@@ -16,11 +16,10 @@ draws without their weights; ``auto-normal``, Pyro's mean-field guide with ``Tra
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
 from torch import Tensor
 
-from pyro_sm.bench.targets import machine
+from pyro_sm.bench.rows import machine, resumed
 from pyro_sm.corrections import ImportanceResampling, Raw
 from pyro_sm.diagnostics.calibration import (
     Calibration,
@@ -173,30 +172,6 @@ def measure(name: str, way: str, index: int, seed: int, evaluations: int) -> dic
     return {**row, "ranks": one.ranks, **one.info, "all CPU s": time.process_time() - started, "machine": machine()}
 
 
-def _read(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of the file; a last one that was cut off, by a machine that went down, is run again."""
-    if path is None or not path.is_file():
-        return []
-    text = path.read_text()
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        path.write_text(f"{whole}\n" if whole else "")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _rows(wanted: Sequence[tuple[str, int]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    done = _read(options.out)
-    for name, index in wanted:
-        key = {"model": name, "way": options.way, "seed": options.seed, "budget": options.evaluations,
-               "draws": _RANKED, "dataset": index}  # fmt: skip
-        held = [row for row in done if key.items() <= row.items()]
-        row = held[0] if held else measure(name, options.way, index, options.seed, options.evaluations)
-        if options.out is not None and not held:
-            with options.out.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-        yield row
-
-
 def line(row: dict[str, Any]) -> str:
     """A row in words."""
     head = f"{row['model']} {row['dataset']}"
@@ -267,10 +242,17 @@ def run(options: argparse.Namespace) -> None:
             f"expected --evaluations >= 1 and --datasets >= 1, found {options.evaluations} and {options.datasets}"
         )
     # The models in turn, so that a run that is stopped has something to say on each.
-    wanted = [(name, index) for index in range(options.datasets) for name in options.models]
+    wanted = [
+        {"model": name, "way": options.way, "seed": options.seed, "budget": options.evaluations, "draws": _RANKED,
+         "dataset": index}
+        for index in range(options.datasets)
+        for name in options.models
+    ]  # fmt: skip
     print(machine())
     rows = []
-    for row in _rows(wanted, options):
+    for row in resumed(
+        wanted, lambda key: measure(key["model"], key["way"], key["dataset"], key["seed"], key["budget"]), options.out
+    ):
         rows.append(row)
         print(f"[{len(rows)}/{len(wanted)}] {line(row)}", flush=True)
     found: dict[str, Calibration] = {}

@@ -20,10 +20,7 @@ clipped gradients, with more particles, and after half of the evaluations went t
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -41,6 +38,7 @@ from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
 from pyro_sm.batch_and_match import Gaussian, batch_and_match, start_at_mode
+from pyro_sm.bench.rows import machine, resumed
 from pyro_sm.density import gaussian_log_prob
 from pyro_sm.examples.posteriors import Posterior, posteriors
 from pyro_sm.model import ModelDensity, OuterPlate
@@ -319,30 +317,23 @@ def selected(parts: list[str]) -> list[Posterior]:
     return [posterior for name, posterior in known.items() if not parts or any(part in name for part in parts)]
 
 
-def _same(row: dict[str, Any], name: str, way: str, options: argparse.Namespace) -> bool:
-    wanted = (name, way, options.seed, options.evaluations)
-    return (row["posterior"], row["way"], row["seed"], row["budget"]) == wanted
-
-
 def run(options: argparse.Namespace) -> None:
     """Run what is asked for, a line as each ends."""
     if options.evaluations < 1:
         raise ValueError(f"expected --evaluations >= 1, found {options.evaluations}")
     chosen = selected(options.posteriors)
-    print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
-    )
-    done, rows = [], []
-    if options.out is not None and options.out.is_file():
-        done = [json.loads(line) for line in options.out.read_text().splitlines()]
-    for posterior in chosen:
-        for way in options.ways:
-            held = [row for row in done if _same(row, posterior.name, way, options)]
-            row = held[0] if held else measure(posterior, way, options.seed, options.evaluations)
-            rows.append(row)
-            print(_line(row), flush=True)
-            if options.out is not None and not held:
-                with options.out.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+    print(machine())
+    keys = [
+        {"posterior": posterior.name, "way": way, "seed": options.seed, "budget": options.evaluations}
+        for posterior in chosen
+        for way in options.ways
+    ]
+    known = {posterior.name: posterior for posterior in chosen}
+    rows = []
+    for row in resumed(
+        keys, lambda key: measure(known[key["posterior"]], key["way"], key["seed"], key["budget"]), options.out
+    ):
+        rows.append(row)
+        print(_line(row), flush=True)
     if options.markdown:
         print(f"\n{markdown(rows)}")

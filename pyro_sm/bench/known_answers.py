@@ -10,9 +10,6 @@ all (for NUTS: with gradients), CPU seconds of the process.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +22,7 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 
 from pyro_sm.base import Draws
+from pyro_sm.bench.rows import machine, resumed
 from pyro_sm.corrections import ImportanceResampling
 from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.examples import eight_schools, galaxies
@@ -280,20 +278,15 @@ def _selected(only: list[str]) -> list[tuple[str, str]]:
 def run(options: argparse.Namespace) -> None:
     """Run what is asked for, a line as each ends."""
     runs = _selected(options.only)
-    print(
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
-    )
-    done, rows = [], []
-    if options.out is not None and options.out.is_file():
-        done = [json.loads(line) for line in options.out.read_text().splitlines()]
-    for name, way in runs:
-        for seed in options.seeds:
-            held = [r for r in done if (r["problem"], r["way"], r["seed"]) == (name, way, seed)]
-            row = held[0] if held else measure(name, way, seed, options.budget, options.progress)
-            rows.append(row)
-            print(_line(row), flush=True)
-            if options.out is not None and not held:
-                with options.out.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+    print(machine())
+    keys = [{"problem": name, "way": way, "seed": seed} for name, way in runs for seed in options.seeds]
+    rows = []
+    for row in resumed(
+        keys,
+        lambda key: measure(key["problem"], key["way"], key["seed"], options.budget, options.progress),
+        options.out,
+    ):
+        rows.append(row)
+        print(_line(row), flush=True)
     if options.markdown:
         print(f"\n{markdown(rows)}")

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from pyro_sm.base import Draws
 from pyro_sm.bench.gaussian_guides import in_float64, selected
-from pyro_sm.bench.targets import machine
+from pyro_sm.bench.rows import machine, resumed
 from pyro_sm.corrections import ImportanceResampling
 from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.examples.posteriors import Posterior
@@ -298,29 +297,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table at the end")
 
 
-def _rows(wanted: list[tuple[Posterior, str]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    limits = Limits(options.evaluations, options.seconds)
-    done = []
-    if options.out is not None and options.out.is_file():
-        done = [json.loads(text) for text in options.out.read_text().splitlines()]
-    for posterior, way in wanted:
-        key = {"posterior": posterior.name, "way": way, "seed": options.seed, "budget": options.evaluations}
-        held = [row for row in done if key.items() <= row.items()]
-        row = held[0] if held else measure(posterior, way, options.seed, limits)
-        if options.out is not None and not held:
-            with options.out.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
-        yield row
-
-
 def run(options: argparse.Namespace) -> None:
     """Run what is asked for, a line as each ends."""
     if options.evaluations < 1 or not options.seconds > 0:
         raise ValueError("expected --evaluations >= 1 and --seconds > 0")
     wanted = [(posterior, way) for posterior in selected(options.posteriors) for way in options.ways]
     print(machine())
+    limits = Limits(options.evaluations, options.seconds)
+    known = {posterior.name: posterior for posterior, _ in wanted}
+    keys = [
+        {"posterior": posterior.name, "way": way, "seed": options.seed, "budget": options.evaluations}
+        for posterior, way in wanted
+    ]
     rows = []
-    for row in _rows(wanted, options):
+    for row in resumed(
+        keys, lambda key: measure(known[key["posterior"]], key["way"], key["seed"], limits), options.out
+    ):
         rows.append(row)
         print(f"[{len(rows)}/{len(wanted)}] {line(row)}", flush=True)
     if options.markdown:

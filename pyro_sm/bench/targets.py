@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_sm.bench.rows import machine
 from pyro_sm.bench.target_methods import METHODS, Budget, Fit, Method
 from pyro_sm.density import value_and_score
 from pyro_sm.targets import (
@@ -247,12 +246,6 @@ def measure(
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Judged({**row, "failed": reason, "CPU s": time.process_time() - started}, None)
-
-
-def machine() -> str:
-    """In one line."""
-    threads = torch.get_num_threads()
-    return f"{os.cpu_count()} cores, {threads} threads, {platform.machine()}, torch {torch.__version__}"
 
 
 # -------------------------------------------------------------------------------------------------- command line

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of results, one per fit, kept in a file of JSON lines as they end: what is in it is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def machine() -> str:
+    """Cores, threads and torch of this machine."""
+    return (
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+    )
+
+
+def read(path: Path | None) -> list[Row]:
+    """Rows of the file; a last one that was cut off, by a machine that went down, is taken out and run again."""
+    if path is None or not path.is_file():
+        return []
+    text = path.read_text()
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        path.write_text(f"{whole}\n" if whole else "")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def resumed(keys: Iterable[Row], measure: Callable[[Row], Row], out: Path | None) -> Iterator[Row]:
+    """The row of every key in turn: from the file, or measured, and then added to it.
+
+    Args:
+        keys: what tells a row from others; a row that has all of its key's entries is the one.
+        measure: makes the row of a key.
+        out: the file; None for none.
+    """
+    done = read(out)
+    for key in keys:
+        held = [row for row in done if key.items() <= row.items()]
+        row = held[0] if held else measure(key)
+        if out is not None and not held:
+            with out.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        yield row
