@@ -18,6 +18,7 @@ import torch
 import pyro_sm
 from pyro_sm.base import CheckpointError
 from pyro_sm.bench import (
+    assurance,
     batching,
     calibration,
     cost,
@@ -229,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "gaussian-guides": gaussian_guides,
         "posteriors": posteriors,
         "calibration": calibration,
+        "assurance": assurance,
         "targets": targets,
         "report": report,
         "references": references,
