@@ -32,6 +32,7 @@ from pyro_sm.objectives import (
     SteinDiscrepancy,
 )
 from pyro_sm.objectives.population import Population
+from pyro_sm.refine import Tempered, nuts_from_guide, temper_guide
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.sampling.defensive import PriorComponent, WideComponent
 
@@ -65,6 +66,7 @@ __all__ = [
     "Raw",
     "SteinDiscrepancy",
     "StoppingRule",
+    "Tempered",
     "Trust",
     "TrustWarning",
     "Verdict",
@@ -72,6 +74,8 @@ __all__ = [
     "check",
     "check_guide",
     "compare_evidence",
+    "nuts_from_guide",
     "stein_goodness_of_fit",
+    "temper_guide",
     "to_arviz",
 ]

@@ -611,6 +611,7 @@ class DiffusionSampler:
             "noise": repr(self.guide.noise),
             "num_steps": repr(self.guide.num_steps),
             "architecture": repr(self.guide.architecture),
+            "network dtype": str(self.guide.network_dtype),
             "weighting": repr(objective.weighting),
             "wide": repr(objective.wide),
             "num_particles": repr(objective.num_particles),

@@ -31,6 +31,7 @@ from pyro_sm import (
 from pyro_sm.nn.egnn import EGNN
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.sampling.flow import FlowSolver
+from pyro_sm.sampling.reverse import reverse_kernel, sample_paths
 
 # PyTorch's forward mode loads decompositions with its own deprecated compiler, once per process.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -405,12 +406,20 @@ def test_importance_sampling_of_pyro():
     assert psis_diagnostic(hierarchy, guide, DATA, num_particles=50) < 2
 
 
-def test_float64_end_to_end(float64):
+def stored_dtypes():
+    """Of the network, and of everything else in the store."""
+    store = dict(pyro.get_param_store().items())
+    network = {value.dtype for name, value in store.items() if name.endswith("network_weights")}
+    return network, {value.dtype for name, value in store.items() if not name.endswith("network_weights")}
+
+
+@pytest.mark.parametrize("network_dtype", [torch.float32, torch.float64])
+def test_float64_end_to_end(float64, network_dtype):
     data = DATA.double()
-    guide = make_guide()
+    guide = make_guide(network_dtype=network_dtype)
     svi = SVI(hierarchy, guide, Adam({"lr": 1e-2}), make_objective())
     svi.step(data), svi.step(data)
-    assert {value.dtype for value in pyro.get_param_store().values()} == {torch.float64}
+    assert stored_dtypes() == ({network_dtype}, {torch.float64})
     assert {value.dtype for value in guide(data).values()} == {torch.float64}
     z = guide.get_posterior().sample((3,))
     assert guide.get_posterior().log_prob(z).dtype == torch.float64
@@ -419,7 +428,7 @@ def test_float64_end_to_end(float64):
 
 def test_float64_model_under_a_float32_default():
     guide = train(make_guide(), DATA.double())
-    assert {value.dtype for value in pyro.get_param_store().values()} == {torch.float64}
+    assert stored_dtypes() == ({torch.float32}, {torch.float64})
     assert guide.median(DATA.double())["t"].dtype == torch.float64
 
 
@@ -583,7 +592,7 @@ def test_neutra():
 
 
 def test_flow_transform_is_a_bijection(float64):
-    guide = make_guide(base=GivenBase(LOC, TRIL), solver=FlowSolver(1e-6, 1e-6))
+    guide = make_guide(base=GivenBase(LOC, TRIL), solver=FlowSolver(1e-6, 1e-6), network_dtype=torch.float64)
     perturb_after_call(guide, DATA.double(), 0.02)
     transform = guide.get_transform()
     with torch.no_grad():
@@ -600,6 +609,35 @@ def test_flow_transform_is_a_bijection(float64):
         through_flow = guide.get_base_dist().log_prob(x) - expected
         torch.testing.assert_close(guide.get_posterior().log_prob(z), through_flow, rtol=1e-4, atol=1e-4)
     assert (expected - TRIL.diagonal().log().sum()).abs().min() > 1e-3  # not the base's alone
+
+
+def test_rounding_of_the_network_is_no_error_of_the_density(float64):
+    """A float32 network in a float64 model: weights are those of the kernels that made the draws, to rounding."""
+    guide = make_guide(base=GivenBase(LOC, TRIL))
+    perturb_after_call(guide, DATA.double(), 0.5)
+    process = guide.diffusion()
+    with torch.no_grad():
+        noise = process._noise(len(process.ratios), 64)
+        u, ratio = sample_paths(process.denoiser, process.kernels, noise)
+        # The same path, kernel by kernel, from its points: what made it is what weighs it.
+        y = torch.addcmul(process.kernels.start_loc, noise[-1], process.kernels.start_scale)
+        log_q = dist.Normal(process.kernels.start_loc, process.kernels.start_scale).log_prob(y).sum(-1)
+        log_f = torch.zeros_like(log_q)
+        for k in range(len(process.ratios) - 1, 0, -1):
+            mean, variance = reverse_kernel(process.denoiser, process.kernels, y, k)
+            new = mean + noise[k - 1] * variance.sqrt()
+            gap = (process.ratios[k].square() - process.ratios[k - 1].square()).sqrt()
+            log_q = log_q + dist.Normal(mean, variance.sqrt()).log_prob(new).sum(-1)
+            log_f = log_f + dist.Normal(new, gap).log_prob(y).sum(-1)
+            y = new
+    assert u.dtype == torch.float64
+    torch.testing.assert_close(u, y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ratio, log_f - log_q, rtol=1e-9, atol=1e-9)
+
+
+def test_the_network_has_floating_numbers():
+    with pytest.raises(ValueError, match="network_dtype"):
+        AutoDiffusion(hierarchy, network_dtype=torch.int64)
 
 
 def test_not_gaussian():

@@ -20,16 +20,18 @@ from pyro_sm.diagnostics.calibration import (
     Calibration,
     Fitted,
     Replication,
-    _pointwise,
-    _stays,
-    ecdf_difference,
     ranks_of,
     simulate,
     simulation_based_calibration,
+)
+from pyro_sm.diagnostics.calibration_plots import plot_calibration
+from pyro_sm.diagnostics.rank_uniformity import (
+    _pointwise,
+    _stays,
+    ecdf_difference,
     simultaneous_band,
     uniformity,
 )
-from pyro_sm.diagnostics.calibration_plots import plot_calibration
 
 # ------------------------------------------------------------------------------------------------- uniformity
 

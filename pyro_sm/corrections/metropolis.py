@@ -44,7 +44,7 @@ def log_acceptance(current: Tensor, proposed: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class IndependentMetropolis:
-    """Chains that walk through the pool, each through its own part of it in the order of the draws.
+    """Chains that walk through the pool, each through its own part of it, chosen at random.
 
     They begin at draws resampled by weight, so that no beginning has to be thrown away.
 
@@ -68,7 +68,7 @@ class IndependentMetropolis:
         return f"independence Metropolis ({self.num_chains} chain{'s' if self.num_chains > 1 else ''})"
 
     def walk(self, log_weight: Tensor, generator: torch.Generator | None = None) -> Walk:
-        """Walk through all of a pool (N,); the last ``N mod C`` draws are not proposed.
+        """Walk through all of a pool (N,), but for ``N mod C`` draws that are not proposed.
 
         Raises:
             ValueError: fewer draws than chains; a log weight NaN or ``+inf``; none finite.
@@ -78,7 +78,9 @@ class IndependentMetropolis:
             raise ValueError(f"expected at least num_chains={self.num_chains} draws, found {log_weight.shape[0]}")
         normalised(log_weight)  # its errors name the bad weights
         log_w = log_weight.double()
-        proposal = torch.arange(length * self.num_chains, device=log_w.device).reshape(self.num_chains, length).T
+        # In random order: a pool may have its components one after the other, and each chain must see them all.
+        order = torch.randperm(len(log_w), generator=generator, device=log_w.device)
+        proposal = order[: length * self.num_chains].reshape(self.num_chains, length).T
         log_u = torch.rand(proposal.shape, generator=generator, dtype=log_w.dtype, device=log_w.device).log()
         state = resample(log_w, self.num_chains, generator)
         visited, acceptance = [], torch.zeros_like(log_u[0])

@@ -4,7 +4,7 @@ r"""Mixtures to anneal from: ``b'(z) = ρ b(z) + (1−ρ) Σ_k w_k N(z; m_k, Σ_
 Two that are made of little: :func:`widened`, a Gaussian that nobody has checked, at three widths; and
 :func:`around_draws`, what a guide knows, whatever it is. There ``m_1 … m_K`` are draws of the guide, chosen with
 ``w^γ``, ``γ`` such that a tenth of the draws is left (a few weights do not decide where to look), all with
-``Σ_k = h² Σ``, ``Σ`` the covariance of the draws under the same weights, and Silverman's
+``Σ_k = h² Σ``, ``Σ`` the covariance of the draws under the same weights (:func:`damped_covariance`), and Silverman's
 
     ``h = (4 / ((D + 2) K))^{1/(D+4)}``,
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_sm.base import Draws
 from pyro_sm.corrections.annealing_path import Start
 from pyro_sm.density import GaussianDensity
-from pyro_sm.weights import damping, resample, systematic
+from pyro_sm.weights import damping, normalised, resample, systematic
 
 _WIDENINGS = (3.0, 10.0)
 """Widths, beside 1, of a base that nobody has checked: other modes are many widths off."""
@@ -105,38 +105,57 @@ def widened(loc: Tensor, scale_tril: Tensor) -> MixtureStart:
     return MixtureStart(GaussianDensity(loc, scale_tril), laws, 1 / (count + 1))
 
 
+def _varies(variance: Tensor, loc: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a variance (D,) around ``loc`` (D,) is more than what rounding in ``dtype`` leaves of a constant."""
+    return variance.sqrt() > 10 * torch.finfo(dtype).eps * loc.abs()
+
+
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and diagonal scale (D, D) of draws (N, D), as a base; a latent that does not vary has scale 1."""
-    scale = z.std(0)
-    return z.mean(0), torch.where(scale > 0, scale, 1.0).diag()
+    loc, scale = z.mean(0), z.std(0)
+    return loc, torch.where(_varies(scale.square(), loc, z.dtype), scale, 1.0).diag()
+
+
+def damped_covariance(draws: Draws, share: float) -> tuple[Tensor, Tensor]:
+    """``γ log w`` (N,), ``γ`` such that a ``share`` of the draws is left, and the covariance (D, D) under ``w^γ``.
+
+    Both float64. The covariance can be factorised in the dtype of the draws, whatever they are: a latent that does
+    not vary has variance 1, and the diagonal is raised by a millionth, or, with more latents, by what rounding needs.
+
+    Raises:
+        ValueError: a log weight is NaN or ``+inf``, or none is finite.
+    """
+    log_weight = damping(draws.log_weight, share) * draws.log_weight.double()
+    weight, z = normalised(log_weight), draws.z.double()
+    loc = weight @ z
+    apart = (z - loc) * weight.sqrt().unsqueeze(-1)
+    covariance = apart.T @ apart
+    spread = covariance.diagonal()
+    relative = max(1e-6, 10 * len(loc) * torch.finfo(draws.z.dtype).eps)
+    jitter = torch.where(_varies(spread, loc, draws.z.dtype), relative * spread, 1.0)
+    return log_weight, covariance + jitter.diag()
 
 
 def around_draws(draws: Draws, num_laws: int = 100, share: float = 0.25) -> MixtureStart:
     """The mixture around draws of a guide, as at the head of this file.
 
     Args:
-        draws: of the guide, (N, D); their log weights need not be good for anything else.
+        draws: of the guide, finite (N, D); their log weights need not be good for anything else.
         num_laws: K, at most N.
         share: ρ, of the widened Gaussian, in (0, 1).
 
     Raises:
-        ValueError: fewer than two draws, or a share or count out of its range; no log weight is finite.
+        ValueError: fewer than two draws, or a share or count out of its range; a log weight is NaN or ``+inf``, or
+            none is finite.
     """
     count = len(draws.z)
     if count < 2 or not 1 <= num_laws <= count or not 0 < share < 1:
         raise ValueError(f"expected 1 <= num_laws <= draws and 0 < share < 1, found {num_laws}, {count} and {share}")
-    gamma = damping(draws.log_weight, _LEFT)
-    weight = torch.softmax(gamma * draws.log_weight.double(), 0).to(draws.z)
-    centre = weight @ draws.z
-    apart = (draws.z - centre) * weight.sqrt().unsqueeze(-1)
     dim = draws.z.shape[1]
-    covariance = (apart.T @ apart).double()
-    # So that a latent that does not vary, or fewer draws than latents, leave a covariance that can be factorised.
-    spread = covariance.diagonal()
-    jitter = torch.where(spread > 0, 1e-6 * spread, 1.0)
+    log_weight, covariance = damped_covariance(draws, _LEFT)
     bandwidth = (4 / ((dim + 2) * num_laws)) ** (1 / (dim + 4))
-    tril = bandwidth * torch.linalg.cholesky(covariance + jitter.diag())
-    loc = draws.z[resample(gamma * draws.log_weight, num_laws)]
+    tril = bandwidth * torch.linalg.cholesky(covariance)
+    loc = draws.z[resample(log_weight, num_laws)]
     equal = torch.full((num_laws,), -math.log(num_laws), dtype=loc.dtype, device=loc.device)
     laws = NormalLaws(loc, tril.to(loc).expand(num_laws, -1, -1), equal)
     return MixtureStart(widened(*moments(draws.z)), laws, share)

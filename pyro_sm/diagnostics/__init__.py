@@ -12,8 +12,6 @@ from pyro_sm.diagnostics.calibration import (
     Fitted,
     Simulated,
     simulation_based_calibration,
-    simultaneous_band,
-    uniformity,
 )
 from pyro_sm.diagnostics.calibration_plots import plot_calibration
 from pyro_sm.diagnostics.check import check, check_guide
@@ -28,6 +26,7 @@ from pyro_sm.diagnostics.goodness_of_fit import GoodnessOfFit, stein_goodness_of
 from pyro_sm.diagnostics.guide_draws import WeightedGuide, draw_from_guide, guide_log_weight
 from pyro_sm.diagnostics.plots import plot_khat, plot_raw_vs_weighted, plot_training
 from pyro_sm.diagnostics.probe import Probe, Probed
+from pyro_sm.diagnostics.rank_uniformity import simultaneous_band, uniformity
 from pyro_sm.diagnostics.summary import summary_table
 from pyro_sm.diagnostics.verdict import Findings, Reason, Thresholds, Trust, TrustWarning, Verdict, judge
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_sm.diagnostics.calibration import Band, Calibration, Uniformity, ecdf_difference, simultaneous_band
+from pyro_sm.diagnostics.calibration import Calibration
 from pyro_sm.diagnostics.plots import _new_figure, _tidy
+from pyro_sm.diagnostics.rank_uniformity import Band, Uniformity, ecdf_difference, simultaneous_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,19 +6,21 @@ in ``arviz_base``. The same groups are written in both:
 
 ================================  ==========================================================================
 ``posterior``                     corrected draws by site (chain, draw, *shape), and deterministic sites
-``sample_stats``                  ``lp`` = ``log p̃``, ``log_q``, nats, of the same draws
+``sample_stats``                  ``lp`` = ``log p̃``, ``log_q``, nats, of the same draws; without weights no ``log_q``
 ``log_likelihood``                pointwise, nats; left out where the model cannot give it (enumerated sites)
 ``posterior_predictive``          observed sites drawn anew
 ``prior``                         draws of the prior, and deterministic sites; left out where the prior is improper
 ``prior_predictive``              observed sites drawn from them; left out, too, where they cannot be (said so)
 ``observed_data``                 the data
-``guide``                         the raw draws (chain=1) with ``lp`` and ``log_weight``: what k̂ is about
+``guide``                         the raw draws (chain=1) with ``lp`` and ``log_weight``: what k̂ is about; left out
+                                  where draws have no weights
 ``training``                      one entry per round of training
 ================================  ==========================================================================
 
 Attributes of ``posterior`` say whether to trust it (``pareto_khat``, ``importance_ess`` as a share of the raw
 draws, ``log_evidence`` and ``log_evidence_se`` in nats) and how it came about. ``improper_prior`` names latent sites
-whose prior is improper, where there are any: the evidence is then known up to a constant only.
+whose prior is improper, where there are any: the evidence is then known up to a constant only. Draws without weights,
+such as the particles of tempered SMC, have no k̂ and no ``importance_ess``; their evidence is given with them.
 
 Variables of ``log_likelihood`` and ``observed_data`` have the names of their sites, as ``arviz.from_pyro`` gives
 them, so that ``arviz.compare`` takes a fit of ours and one of Pyro's NUTS together. (``from_pyro`` counts
@@ -52,7 +54,7 @@ from pyro_sm.diagnostics.guide_draws import draw_from_guide
 from pyro_sm.diagnostics.verdict import Trust, TrustWarning, Verdict
 from pyro_sm.model import ModelDensity
 from pyro_sm.model_trace import isolated_rng, prior_trace
-from pyro_sm.weights import effective_sample_size, evidence, pareto_smooth
+from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 KHAT_THRESHOLD = 0.7
 """Above this Pareto shape, averages over the weighted draws cannot be trusted."""
@@ -94,6 +96,7 @@ def draws_to_arviz(
     history: Sequence[RoundInfo] = (),
     verdict: Verdict | None = None,
     num_replicas: int = 1,
+    known_evidence: Evidence | None = None,
     predictive: bool = True,
     log_likelihood: bool = True,
     prior: bool = True,
@@ -112,6 +115,7 @@ def draws_to_arviz(
         verdict: recorded with all its findings; ``check`` of the export then comes to it again.
         num_replicas: how many guides the draws come from; if more than one, the pool holds as many draws of each, one
             after the other, and the correction keeps that order, so that chains are replicas.
+        known_evidence: of draws that have no weights to tell it: all count alike, whatever ``draws.log_weight`` is.
         predictive: whether to draw ``posterior_predictive``.
         log_likelihood: whether to compute ``log_likelihood`` (``num_samples`` × size of the data numbers).
         prior: whether to draw ``prior`` and, with ``predictive``, ``prior_predictive``.
@@ -131,7 +135,8 @@ def draws_to_arviz(
     legacy = installed_arviz_is_legacy() if legacy is None else legacy
     index = correction.apply(draws, num_samples)
     attributes = _attributes(draws, correction, provenance, legacy)
-    _warn_if_untrusted(attributes["pareto_khat"], attributes["importance_ess"], verdict)
+    attributes |= _weight_attributes(draws.log_weight) if known_evidence is None else known_evidence._asdict()
+    _warn_if_untrusted(attributes.get("pareto_khat"), attributes.get("importance_ess"), verdict)
     attributes |= {"num_replicas": num_replicas} if num_replicas > 1 else {}
     attributes |= {"improper_prior": ", ".join(density.improper)} if density.improper else {}
     if verdict is not None:
@@ -144,10 +149,10 @@ def draws_to_arviz(
             groups |= _prior_groups(density, num_samples, predictive)
         if density.observed:
             groups["observed_data"] = {name: _numpy(value) for name, value in density.observed.items()}
-        guide = _in_chunks(density.unpack, draws.z)
-    guide = {f"{name}_site" if name in _OWN_NAMES else name: values for name, values in guide.items()}
-    guide |= {"lp": _numpy(draws.log_p), "log_weight": _numpy(draws.log_weight)}
-    groups["guide"] = _into_chains(guide, 1)
+    if known_evidence is None:
+        groups["guide"] = _raw_group(density, draws)
+    else:
+        del groups["sample_stats"]["log_q"]
     names = _dimension_names(density, groups)
     build = _inference_data if legacy else _data_tree
     return build(_netcdf_safe(groups), names, attributes, history)
@@ -229,9 +234,11 @@ def installed_arviz_is_legacy() -> bool:
     raise ImportError("exporting results needs ArviZ: pip install arviz")
 
 
-def _warn_if_untrusted(khat: float, share: float, verdict: Verdict | None) -> None:
+def _warn_if_untrusted(khat: float | None, share: float | None, verdict: Verdict | None) -> None:
     if verdict is not None and verdict.level is Trust.DISTRUST:
         warnings.warn(f"do not trust these draws: {verdict.reasons[0].finding}", TrustWarning, stacklevel=3)
+        return
+    if khat is None:
         return
     if math.isinf(khat) and khat > 0:
         what = "Pareto k̂ could not be estimated: too few draws have a weight."
@@ -303,6 +310,14 @@ def _posterior_groups(
     return groups
 
 
+@torch.no_grad()
+def _raw_group(density: ModelDensity, draws: Draws) -> dict[str, np.ndarray]:
+    guide = _in_chunks(density.unpack, draws.z)
+    guide = {f"{name}_site" if name in _OWN_NAMES else name: values for name, values in guide.items()}
+    guide |= {"lp": _numpy(draws.log_p), "log_weight": _numpy(draws.log_weight)}
+    return _into_chains(guide, 1)
+
+
 def _prior_groups(density: ModelDensity, num_draws: int, predictive: bool) -> Groups:
     """``prior``, with deterministic sites, and ``prior_predictive``, of the same draws, in one chain."""
     z = density.prior_draws(num_draws)
@@ -324,8 +339,6 @@ def _prior_groups(density: ModelDensity, num_draws: int, predictive: bool) -> Gr
 
 def _attributes(draws: Draws, correction: Correction, provenance: Provenance, legacy: bool) -> dict[str, Any]:
     """Attributes of ``posterior``: strings, ints and floats only, so that NetCDF can store them."""
-    log_w = draws.log_weight
-    estimate = evidence(log_w)
     package = "arviz" if legacy else "arviz-base"
     return {
         "inference_library": "pyro_sm",
@@ -333,17 +346,18 @@ def _attributes(draws: Draws, correction: Correction, provenance: Provenance, le
         "torch_version": str(torch.__version__),
         "pyro_version": str(pyro.__version__),
         f"{package.replace('-', '_')}_version": importlib.metadata.version(package),
-        "pareto_khat": float(pareto_smooth(log_w).khat),
-        "importance_ess": effective_sample_size(log_w) / log_w.shape[0],
-        "log_evidence": estimate.log_evidence,
-        "log_evidence_se": estimate.log_evidence_se,
-        "num_raw_draws": log_w.shape[0],
+        "num_raw_draws": len(draws.z),
         "correction": correction.name,
         "objective": provenance.objective,
         "seed": "not recorded" if provenance.seed is None else int(provenance.seed),
         "density_evaluations": int(provenance.density_evaluations),
         "gradient_evaluations": int(provenance.gradient_evaluations),
     }
+
+
+def _weight_attributes(log_w: Tensor) -> dict[str, float]:
+    khat, share = float(pareto_smooth(log_w).khat), effective_sample_size(log_w) / log_w.shape[0]
+    return {"pareto_khat": khat, "importance_ess": share, **evidence(log_w)._asdict()}
 
 
 # ------------------------------------------------------------------------------------------------- names

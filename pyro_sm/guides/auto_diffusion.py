@@ -97,6 +97,9 @@ class AutoDiffusion(AutoContinuous):
         noise: noise schedule in whitened space.
         num_steps: K, reverse kernels per draw; where they stand is fitted (``sampling/levels.py``).
         architecture: the network, built as soon as the number of latents is known.
+        network_dtype: of the network alone. Whatever the model's, float32 is good enough: kernels and weights are
+            computed in the model's own dtype from what the network says, so that its rounding is part of the guide
+            and not an error of its density. The probability flow's tolerances are bounded by it.
         context: maps the model's ``*args, **kwargs`` to a context vector (C,) that the network is given.
         solver: tolerances of the probability flow, for ``get_posterior().log_prob`` of foreign values.
         init_loc_fn: as in Pyro's guides; used for the prototype trace only.
@@ -119,6 +122,7 @@ class AutoDiffusion(AutoContinuous):
         noise: Noise | None = None,
         num_steps: int = 48,
         architecture: Architecture | None = None,
+        network_dtype: torch.dtype = torch.float32,
         context: Callable[..., Tensor] | None = None,
         solver: FlowSolver | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median_or_origin,
@@ -127,6 +131,8 @@ class AutoDiffusion(AutoContinuous):
     ) -> None:
         if num_steps < 2:
             raise ValueError(f"expected num_steps >= 2, found {num_steps}")
+        if not network_dtype.is_floating_point:
+            raise ValueError(f"expected a floating-point network_dtype, found {network_dtype}")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.create_plates = create_plates
         self._pyro_name = name or type(self).__name__
@@ -135,6 +141,7 @@ class AutoDiffusion(AutoContinuous):
         self.noise = noise or VE()
         self.num_steps = num_steps
         self.architecture = architecture or MLP()
+        self.network_dtype = network_dtype
         self.context = context
         self.solver = solver or FlowSolver()
         self._cached_densities: Cache = ()
@@ -175,6 +182,8 @@ class AutoDiffusion(AutoContinuous):
         self._cond_indep_stacks = stacks
         self._unconstrained_shapes = shapes
         self.latent_dim = sum(shape.numel() for shape in shapes.values())
+        with poutine.block():  # NeuTraReparam asks for them, and score matching never calls the guide
+            self._create_plates(*args, **kwargs)
 
     def _build(self, dim: int, context_dim: int) -> nn.Module:
         """The network without its weights: a skeleton for ``functional_call``."""
@@ -222,7 +231,7 @@ class AutoDiffusion(AutoContinuous):
         kernels = gaussian_kernels(ratios, dim)
         self._register(
             {
-                "network_weights": weights.to(loc),
+                "network_weights": weights.to(loc.device, self.network_dtype),
                 "base_loc": loc.clone(),
                 "base_scale_tril": scale_tril.clone(),
                 "start_loc": kernels.start_loc,
@@ -309,7 +318,8 @@ class AutoDiffusion(AutoContinuous):
         state |= {name: buffer.to(weights) for name, buffer in skeleton.named_buffers()}
 
         def network(x: Tensor, c: Tensor, context: Tensor | None) -> Tensor:
-            return torch.func.functional_call(skeleton, state, (x, c, context))
+            given = [None if part is None else part.to(weights.dtype) for part in (x, c, context)]
+            return torch.func.functional_call(skeleton, state, tuple(given)).to(x.dtype)
 
         return network
 
