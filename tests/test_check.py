@@ -4,6 +4,7 @@
 import importlib.util
 import math
 import warnings
+from dataclasses import replace
 
 import arviz as az
 import numpy as np
@@ -29,13 +30,14 @@ from pyro_sm import (
     check_guide,
     to_arviz,
 )
-from pyro_sm.base import RoundInfo
+from pyro_sm.base import Evaluations, RoundInfo
 from pyro_sm.corrections import IndependentMetropolis, PriorStart, TemperedSMC
-from pyro_sm.diagnostics import Findings, draw_from_guide, guide_log_weight
-from pyro_sm.diagnostics.check import chain_findings, pool_findings, training_findings
+from pyro_sm.diagnostics import Findings, Probed, Thresholds, draw_from_guide, guide_log_weight
+from pyro_sm.diagnostics.check import chain_findings, look_elsewhere, pool_findings, training_findings
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.targets import UnequalModes
+from pyro_sm.weights import evidence
 
 HAS_LINE_1 = importlib.util.find_spec("arviz_base") is not None
 LINES = [
@@ -231,6 +233,95 @@ def test_chains():
     assert chain_findings(Findings(), [stuck]).rhat == math.inf
     assert chain_findings(Findings(), [torch.zeros(4, 500)]).rhat is None
     assert chain_findings(Findings(), [torch.zeros(4, 3)]) == Findings()
+
+
+# --------------------------------------------------------------------------------------------------- a second look
+
+
+class Scripted(Probe):
+    """A probe that finds what it is told to, and remembers with which settings it was asked."""
+
+    script: tuple = ()
+    asked: tuple = ()
+
+    def run(self, density, start, *, progress=None):
+        Scripted.asked += (self,)
+        return Scripted.script[len(Scripted.asked) - 1]
+
+
+def looked(*script, pool=None, num_repeats=1, thresholds=None):
+    """What ``look_elsewhere`` makes of these results, one after the other, and the probes it sent."""
+    Scripted.script, Scripted.asked = script, ()
+    probe = Scripted(TemperedSMC(100, 3), modes=None, num_repeats=num_repeats)
+    pool = torch.zeros(4000) if pool is None else pool
+    return look_elsewhere(probe, None, None, pool, thresholds), Scripted.asked
+
+
+def result(log_evidence=0.0, se=0.05, failure="", spent=(10, 4), n=2000):
+    z = torch.zeros(0 if failure else n, 1)
+    return Probed(z, z[:, 0], log_evidence, se, failure, Evaluations(*spent))
+
+
+@pytest.mark.parametrize(
+    ("log_evidence", "se", "again"),
+    [
+        (0.0, 0.05, False),
+        (0.0, 0.15, False),  # worth 43 independent particles; 40 are enough
+        (0.0, 0.17, True),  # worth 34
+        (0.0, math.inf, True),
+        (-0.2, 0.05, False),  # 0.05 nats and four errors
+        (-0.3, 0.05, True),
+        (+9.0, 0.05, False),  # more than the guide has is no fault of the probe
+        (math.nan, 0.05, False),
+    ],
+)
+def test_it_looks_again_where_the_first_look_is_too_little_to_judge_by(log_evidence, se, again):
+    first, second = result(log_evidence, se), result(0.01, 0.04, spent=(100, 30))
+    found, asked = looked(first, second)
+    assert len(asked) == 1 + again
+    if not again:
+        assert found is first
+        return
+    assert found == second._replace(evaluations=Evaluations(110, 34))
+    assert (asked[1].smc.num_particles, asked[1].smc.num_moves, asked[1].num_repeats) == (200, 6, 0)
+
+
+def test_errors_of_both_sides_and_the_users_limits_count():
+    pool = torch.zeros(4000)
+    pool[:40] = 6.0  # an evidence with an error of its own
+    gap = evidence(pool).log_evidence - 0.3
+    assert len(looked(result(gap), result(), pool=pool)[1]) == 1
+    assert len(looked(result(-0.3), result(), thresholds=Thresholds(drift=1.0))[1]) == 1
+    assert len(looked(result(se=0.15), result(), thresholds=Thresholds(min_particles=50.0))[1]) == 2
+
+
+def test_a_failed_look_is_not_repeated_and_does_not_replace_a_first_one():
+    failed = result(failure="not reached", spent=(7, 7))
+    found, asked = looked(failed)
+    assert (found, len(asked)) == (failed, 1)
+    first = result(se=1.0)
+    found, asked = looked(first, failed)
+    assert (len(asked), found.z is first.z, found.failure) == (2, True, "")
+    assert found.evaluations == Evaluations(17, 11)
+
+
+@pytest.mark.parametrize(("num_repeats", "times"), [(0, 1), (1, 2), (3, 4)])
+def test_it_looks_no_oftener_than_asked(num_repeats, times):
+    poor = [result(se=1.0 - 0.1 * i) for i in range(5)]
+    found, asked = looked(*poor, num_repeats=num_repeats)
+    assert len(asked) == times
+    assert found.log_evidence_se == poor[times - 1].log_evidence_se
+    assert found.evaluations == Evaluations(10 * times, 4 * times)
+    assert [probe.smc.num_particles for probe in asked] == [100 * 2**i for i in range(times)]
+
+
+def test_a_second_look_is_recorded():
+    """A probe of a few particles on a real model: the verdict has the cost of both looks."""
+    probe = Probe(TemperedSMC(32, 1), modes=None)
+    once = judged(two_modes, two_modes_guide(0.5, 0.5), probe=replace(probe, num_repeats=0))
+    twice = judged(two_modes, two_modes_guide(0.5, 0.5), probe=probe)
+    assert once.findings.probe_particles < 40
+    assert twice.findings.probe_density_evaluations > 2.5 * once.findings.probe_density_evaluations
 
 
 # ------------------------------------------------------------------------------------------------------- the sampler

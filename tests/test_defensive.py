@@ -116,6 +116,50 @@ def test_each_draw_is_evaluated_once():
     assert density.evaluations.gradient == 0
 
 
+class Overflowing:
+    """A process with some of its paths lost: to infinity, to NaN, or with a ratio that is none."""
+
+    LOST = ((2, math.inf, 0.5), (5, math.nan, 0.5), (7, None, math.nan), (11, -math.inf, math.inf))
+
+    def __init__(self, process):
+        self.process = process
+
+    def __getattr__(self, name):
+        return getattr(self.process, name)
+
+    def draw(self, num_draws):
+        z, log_ratio = self.process.draw(num_draws)
+        for row, value, ratio in self.LOST:
+            log_ratio[row] = ratio
+            if value is not None:
+                z[row, 1] = value
+        return z, log_ratio
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("with_score", [False, True])
+def test_paths_that_overflow_have_no_weight_and_spoil_no_other(share, with_score):
+    process = process_of(Denoiser(random_network(2, 0.3)))
+    density, wide = density_of(process, two_modes()), WideComponent(share)
+    found = []
+    for one in (process, Overflowing(process)):
+        torch.manual_seed(9)
+        found.append(draw_defensively(one, density, wide, 400, with_score=with_score)[0])
+    good, spoilt = found
+    lost = torch.zeros(400).bool()
+    lost[[row for row, _, _ in Overflowing.LOST]] = True
+    assert bool((spoilt.log_weight[lost] == -math.inf).all())
+    assert bool(torch.isfinite(spoilt.z).all())
+    assert bool(torch.isfinite(spoilt.log_p).all())
+    for have, want in zip(spoilt, good, strict=True):
+        if want is not None:
+            assert torch.equal(have[~lost], want[~lost])
+            assert bool(torch.isfinite(have[~lost]).all())
+    # The lost count as draws of weight zero: to leave them out would make too much of the rest.
+    expected = torch.logsumexp(good.log_weight[~lost], 0) - math.log(400)
+    assert evidence(spoilt.log_weight).log_evidence == pytest.approx(float(expected), abs=1e-12)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, math.nan])
 def test_bad_shares_are_refused(share):
     with pytest.raises(ValueError, match=r"share in \[0, 1\)"):

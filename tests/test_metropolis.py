@@ -60,12 +60,13 @@ def test_the_walk_agrees_with_a_loop():
     sampler = IndependentMetropolis(3)
     walk = sampler.walk(draws.log_weight, torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(4)
+    order = torch.randperm(60, generator=generator)
     log_u = torch.rand(20, 3, generator=generator).log()
     state = metropolis_module.resample(draws.log_weight, 3, generator).tolist()
     for chain in range(3):
         at, total = state[chain], 0.0
         for step in range(20):
-            proposed = chain * 20 + step
+            proposed = int(order[chain * 20 + step])
             ratio = min(1.0, math.exp(float(draws.log_weight[proposed] - draws.log_weight[at])))
             total += ratio / 20
             if math.exp(float(log_u[step, chain])) < ratio:
@@ -130,11 +131,34 @@ def test_it_is_a_correction():
     assert not torch.equal(index, index.sort().values)
 
 
+def test_components_one_after_the_other_are_seen_by_every_chain():
+    """As defensive draws come: nine tenths on the left mode first, the rest wide, weighted as of the mixture.
+
+    A chain that walks through one of them alone has the law of its weights there, which is not the target.
+    """
+    left, wide = torch.distributions.Normal(-1.5, 0.4), torch.distributions.Normal(0.0, 2.0)
+    z = torch.cat([left.sample((36_000,)), wide.sample((4000,))])
+    normal = torch.distributions.Normal
+    log_p = torch.logaddexp(
+        normal(-1.5, 0.4).log_prob(z) + math.log(0.3), normal(1.0, 0.5).log_prob(z) + math.log(0.7)
+    )
+    log_q = torch.logaddexp(left.log_prob(z) + math.log(0.9), wide.log_prob(z) + math.log(0.1))
+    draws = Draws(z[:, None], log_p, log_p - log_q)
+    chains = IndependentMetropolis(10)
+    share = (z[chains.walk(draws.log_weight).visited] < -0.4).double().mean(0)
+    error = float(share.std()) / math.sqrt(10)
+    assert error < 0.03
+    assert abs(float(share.mean()) - 0.3) < 5 * error
+    first = torch.softmax(draws.log_weight[:36_000], 0)  # what the first nine chains would have, in the old order
+    assert float(first[z[:36_000] < -0.4].sum()) > 0.99
+
+
 def test_all_of_the_chains_is_used():
     """Equal weights: every proposal is accepted, and the samples are spread over the whole pool."""
     draws = Draws(torch.zeros(100, 1), torch.zeros(100), torch.zeros(100))
-    index = IndependentMetropolis(4).apply(draws, 20)
-    assert sorted(index.tolist()) == list(range(4, 100, 5))
+    index = IndependentMetropolis(4).apply(draws, 20, torch.Generator().manual_seed(3))
+    visited = IndependentMetropolis(4).walk(draws.log_weight, torch.Generator().manual_seed(3)).visited
+    assert sorted(index.tolist()) == sorted(visited.T.flatten()[4::5].tolist())
     assert sorted(IndependentMetropolis(4).apply(draws, 100).tolist()) == list(range(100))
 
 

@@ -7,12 +7,11 @@ import math
 
 import pytest
 import torch
-from torch.distributions import MultivariateNormal
 
-from pyro_sm.corrections.mixture_start import MixtureStart, NormalLaws
+from pyro_sm.corrections.mixture_start import MixtureStart
 from pyro_sm.corrections.mode_search import ModeSearch, ascended, curvature_at
 from pyro_sm.corrections.tempered import TemperedSMC
-from pyro_sm.density import FunctionDensity, GaussianDensity, value_and_score
+from pyro_sm.density import FunctionDensity, GaussianDensity
 from pyro_sm.targets import Funnel, GaussianMixture, ManyWell
 
 TRIL = torch.tensor([[[0.5, 0.0], [0.3, 0.4]], [[1.5, 0.0], [-0.8, 0.6]]], dtype=torch.float64)
@@ -24,10 +23,6 @@ def wide(dim=2, scale=6.0, dtype=torch.float64):
     return GaussianDensity(torch.zeros(dim, dtype=dtype), scale * torch.eye(dim, dtype=dtype))
 
 
-def mixture(share=0.25):
-    return MixtureStart(wide(), NormalLaws(LOC, TRIL, WEIGHT.log()), share)
-
-
 def log_prob(z):
     """Two correlated normal laws with weights .3 and .7, and ``log Z = 2``."""
     parts = [
@@ -35,41 +30,6 @@ def log_prob(z):
         for m, t, w in zip(LOC, TRIL, WEIGHT, strict=True)
     ]
     return torch.logsumexp(torch.stack(parts), 0) + 2
-
-
-def test_the_start_is_the_mixture_written_out():
-    torch.manual_seed(0)
-    z = 5 * torch.randn(50, 2, dtype=torch.float64)
-
-    def direct(x):
-        start = torch.distributions.MultivariateNormal(x.new_zeros(2), scale_tril=6 * torch.eye(2).double())
-        return torch.logaddexp(start.log_prob(x) + math.log(0.25), log_prob(x) - 2 + math.log(0.75))
-
-    value, score = mixture().log_prob_and_score(z)
-    expected, expected_score = value_and_score(direct, z)
-    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(score, expected_score, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize(("share", "right"), [(0.25, True), (0.6, False)])
-def test_draws_follow_the_density(share, right):
-    """``E[q/b']`` is 1 under ``b'`` for a normalised q, here b' with ρ = .25; under another ρ moments are off."""
-    torch.manual_seed(1)
-    n = 20_000
-    z = mixture(share).sample(n)
-    exact = 0.75 * (WEIGHT[:, None] * LOC).sum(0)
-    error = (z.mean(0) - exact).abs() / (z.std(0) / math.sqrt(n))
-    assert (float(error.max()) < 5) is right
-    second = 0.25 * 36 + 0.75 * (WEIGHT[:, None] * (LOC.square() + TRIL.square().sum(-1))).sum(0)
-    error = (z.square().mean(0) - second).abs() / (z.square().std(0) / math.sqrt(n))
-    assert (float(error.max()) < 5) is right
-
-
-def test_parts_have_their_shares_of_the_draws():
-    torch.manual_seed(2)
-    shares = [int((mixture().sample(100)[:, 0] > 1.5).sum()) for _ in range(20)]
-    assert max(shares) - min(shares) < 20  # the normal laws' 52 or 53, and what the wide part happens to add
-    assert len({len(mixture(0.001).sample(10)) for _ in range(20)}) == 1
 
 
 def test_ascent_climbs_and_arrives():
@@ -133,15 +93,6 @@ def test_where_an_ascent_was_cut_off_is_no_mode():
     assert short is None or float(torch.cdist(short.loc, LOC).min(1).values.max()) < 0.5
 
 
-def test_each_latent_belongs_to_the_mode_it_most_likely_comes_from():
-    modes = NormalLaws(LOC, TRIL, WEIGHT.log())
-    z = 4 * torch.randn(200, 2, dtype=torch.float64)
-    laws = [MultivariateNormal(loc, scale_tril=tril) for loc, tril in zip(LOC, TRIL, strict=True)]
-    expected = torch.stack([w.log() + law.log_prob(z) for w, law in zip(WEIGHT, laws, strict=True)]).argmax(0)
-    assert torch.equal(modes.nearest(z), expected)
-    assert not torch.equal(torch.cdist(z, LOC).argmin(1), expected)
-
-
 def test_modes_of_a_mixture_are_found_and_fit():
     torch.manual_seed(4)
     density = FunctionDensity(log_prob, 2, dtype=torch.float64)
@@ -173,6 +124,16 @@ def test_the_start_stays_where_modes_do_not_help(target, scale, settings):
     assert settings.run(FunctionDensity(target.log_prob, target.dim), start) is start
 
 
+def test_with_too_many_latents_nothing_is_searched_or_spent():
+    density, start = FunctionDensity(log_prob, 2, dtype=torch.float64), wide()
+    calls = []
+    found = ModeSearch(max_dim=1).find(density, start, progress=lambda: calls.append(0))
+    assert found.start is start
+    assert found.modes is None
+    assert (density.evaluations.density, density.evaluations.gradient, calls) == (0, 0, [])
+    assert ModeSearch(num_ascents=64, max_dim=2).find(density, start).modes is not None
+
+
 def test_the_start_stays_where_nothing_is_finite():
     start = wide(1, 1.0, torch.float32)
     assert ModeSearch().run(FunctionDensity(lambda z: z[:, 0] - math.inf, 1), start) is start
@@ -198,6 +159,7 @@ def test_forty_modes_in_fifty_dimensions():
         ({"num_ascents": 0}, "num_ascents >= 1"),
         ({"max_steps": 0}, "max_steps >= 1"),
         ({"max_modes": 0}, "max_modes >= 1"),
+        ({"max_dim": 0}, "max_dim >= 1"),
         ({"widening": 0.0}, "positive widening"),
         ({"start_share": 1.0}, "start_share"),
         ({"min_effective_share": 1.5}, "min_effective_share"),

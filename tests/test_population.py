@@ -224,6 +224,21 @@ def test_the_rule_follows_the_tail_of_the_first_weights():
     assert settings().needed(torch.zeros(2048), 2)
 
 
+def test_with_too_many_latents_there_is_none():
+    assert settings(max_dim=2).needed(torch.zeros(2048), 2)
+    assert not settings(max_dim=1).needed(torch.zeros(2048), 2)
+    spent = []
+    for population in (settings(max_dim=1), None):
+        run = sampler(population, budget=1500)
+        run.run()
+        assert run.objective.state.population is None
+        spent.append(run.objective.evaluations)
+        run.guide.release()
+    assert spent[0] == spent[1]
+    with pytest.raises(ValueError, match="positive counts"):
+        Population(max_dim=0)
+
+
 def test_only_the_first_round_decides():
     run = sampler(settings(min_khat=math.inf), budget=1500)
     run.run()
