@@ -37,7 +37,7 @@ from pyro_sm.diagnostics.check import chain_findings, look_elsewhere, pool_findi
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.targets import UnequalModes
-from pyro_sm.weights import evidence
+from pyro_sm.weights import evidence, pareto_smooth
 
 HAS_LINE_1 = importlib.util.find_spec("arviz_base") is not None
 LINES = [
@@ -313,6 +313,13 @@ def test_it_looks_no_oftener_than_asked(num_repeats, times):
     assert found.log_evidence_se == poor[times - 1].log_evidence_se
     assert found.evaluations == Evaluations(10 * times, 4 * times)
     assert [probe.smc.num_particles for probe in asked] == [100 * 2**i for i in range(times)]
+
+
+def test_no_second_look_where_the_weights_are_no_good():
+    pool = 6 * torch.randn(4000, generator=torch.Generator().manual_seed(2))
+    assert pareto_smooth(pool).khat > 0.7
+    _, asked = looked(result(se=1.0), result(), pool=pool)
+    assert len(asked) == 1
 
 
 def test_a_second_look_is_recorded():

@@ -202,12 +202,16 @@ def _normal(model: Callable[..., None]) -> AutoMultivariateNormal:
     return AutoMultivariateNormal(model, init_loc_fn=init_to_origin)
 
 
+def _flow(model: Callable[..., None]) -> AutoIAFNormal:
+    return AutoIAFNormal(model, init_loc_fn=init_to_origin)
+
+
 Way = Callable[[Posterior, int, Limits], Fit]
 WAYS: dict[str, Way] = {
     "sampler": fit_by_sampler,
     "nuts": fit_by_nuts,
     "auto-mvn": lambda posterior, seed, limits: _fit_by_elbo(_normal, posterior, seed, limits),
-    "auto-iaf": lambda posterior, seed, limits: _fit_by_elbo(AutoIAFNormal, posterior, seed, limits),
+    "auto-iaf": lambda posterior, seed, limits: _fit_by_elbo(_flow, posterior, seed, limits),
 }
 """The ways by the names of the command line."""
 

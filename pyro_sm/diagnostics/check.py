@@ -152,7 +152,8 @@ def look_elsewhere(
     """What the probe finds; once more, with more of everything, where that is too little to judge by.
 
     Too few lines of descent, or less evidence than the guide's weights have, which are right on average: in both
-    cases the probe has missed something, and not, as far as one can see, the guide.
+    cases the probe has missed something, and not, as far as one can see, the guide. Where the weights are no good
+    anyway there is nothing to be saved by a second look.
 
     Args:
         probe: how to look.
@@ -164,7 +165,8 @@ def look_elsewhere(
     """
     limits, guide = thresholds or Thresholds(), evidence(log_weight)
     found = probe.run(density, start, progress=progress)
-    while probe.num_repeats > 0 and not found.failure:
+    usable = pareto_smooth(log_weight).khat <= limits.khat
+    while usable and probe.num_repeats > 0 and not found.failure:
         error = math.hypot(found.log_evidence_se, guide.log_evidence_se)
         missing = guide.log_evidence - found.log_evidence > limits.drift + limits.deviations * error
         if effective_particles(found) >= limits.min_particles and not missing:
