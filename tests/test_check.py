@@ -222,6 +222,20 @@ def test_a_drift_since_the_last_rounds():
     assert training_findings(Findings(), pool, ()) == Findings()
 
 
+def test_the_untrained_guides_round_is_no_sign_of_drift():
+    """Two rounds, the first without any mass: half of the mean would be missing."""
+    pool = 0.1 * torch.randn(1000)
+    first, second = (
+        RoundInfo(i, gamma, 0.5, 0.3, log_z, 0.02, 0.1, i, 0, 0.0)
+        for i, gamma, log_z in ((1, 0.1, -90.0), (2, 1.0, 0.0))
+    )
+    found = training_findings(Findings(), pool, [first, second])
+    assert abs(found.rounds_gap) < 0.05
+    assert found.gamma == 1.0
+    begun = training_findings(Findings(), pool, [first])
+    assert (begun.rounds_gap, begun.gamma) == (None, 0.1)
+
+
 def test_chains():
     mixed = torch.randn(4, 500, 3)
     assert chain_findings(Findings(), [mixed]).rhat < 1.01

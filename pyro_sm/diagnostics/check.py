@@ -4,7 +4,8 @@ r"""Can it be trusted? Measure what ``verdict.py`` judges: of weighted draws, of
 * ``log Ẑ`` of two random halves of the pool must agree within their errors: where they do not, the error itself
   rests on a few draws.
 * ``log Ẑ`` of the last rounds of training, ``log (1/3) Σ_r Ẑ_r`` with the error ``√(Σ_r (Ẑ_r se_r)²) / Σ_r Ẑ_r``,
-  must agree with the pool's: a guide that still finds mass is not finished.
+  must agree with the pool's: a guide that still finds mass is not finished. The first round, of the untrained guide,
+  is none of them.
 * R̂ is the largest split-R̂ of any scalar, and the effective number of draws the smallest.
 * What only a look elsewhere can tell is in ``probe.py``.
 
@@ -55,10 +56,16 @@ def pool_findings(log_weight: Tensor) -> Findings:
 
 
 def training_findings(findings: Findings, log_weight: Tensor, history: Sequence[RoundInfo]) -> Findings:
-    """``findings`` with the evidence of the last rounds against that of the pool (N,), and their damping."""
+    """``findings`` with the evidence of the last rounds against that of the pool (N,), and their damping.
+
+    The first round is the untrained guide's, and says nothing of how training ended.
+    """
     if not history:
         return findings
-    last = history[-_LAST_ROUNDS:]
+    findings = replace(findings, gamma=history[-1].gamma)
+    last = history[1:][-_LAST_ROUNDS:]
+    if not last:
+        return findings
     log_z = torch.tensor([info.log_evidence for info in last], dtype=torch.float64)
     se = torch.tensor([info.log_evidence_se for info in last], dtype=torch.float64)
     share = torch.softmax(log_z, 0)
@@ -69,7 +76,6 @@ def training_findings(findings: Findings, log_weight: Tensor, history: Sequence[
         findings,
         rounds_gap=pool.log_evidence - rounds,
         rounds_se=math.hypot(error, pool.log_evidence_se),
-        gamma=last[-1].gamma,
     )
 
 
