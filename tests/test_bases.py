@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from pyro_sm import AutoDiffusion, BatchAndMatchBase, GivenBase, LaplaceBase, ModelDensity, PriorBase, PyroSMWarning
 from pyro_sm.density import FunctionDensity
 from pyro_sm.guides.bases import fits, moments_of
+from pyro_sm.laplace import Laplace
 from pyro_sm.nn.mlp import MLP
 
 LOC = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -96,6 +97,19 @@ def test_laplace_needs_a_place_to_start():
     impossible = Prior(lambda z: torch.full_like(z[:, 0], -math.inf), 1)
     with pytest.raises(ValueError, match="not finite at any of 256 prior draws: give a GivenBase"):
         LaplaceBase().fit(impossible)
+
+
+def test_laplace_says_so_where_there_is_no_mode_to_stop_at(monkeypatch):
+    """Widths so unequal that their matrix has no factor in these numbers, as at the bottom of a funnel's neck."""
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    covariance = turned @ torch.diag(torch.tensor([1.0, 1e-40, -1e-17], dtype=torch.float64)) @ turned.T
+    monkeypatch.setattr("pyro_sm.guides.bases.laplace", lambda *a, **k: Laplace(torch.zeros(3), covariance, 0))
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="neck of a funnel"):
+        LaplaceBase().fit(ModelDensity(model))
 
 
 def test_batch_and_match_is_close_for_a_gaussian(float64):

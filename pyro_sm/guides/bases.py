@@ -155,7 +155,11 @@ class LaplaceBase:
     inflate: float = 1.0
 
     def fit(self, density: ModelDensity) -> LocScale:
-        """Find the mode and its curvature."""
+        """Find the mode and its curvature.
+
+        Raises:
+            ValueError: there is no mode, or none with a curvature that the numbers can hold.
+        """
         start = _finite_start(density, density.prior_draws(self.num_starts))
         found = laplace(density, start, max_iterations=self.max_iterations, max_scale=self.max_scale)
         flat = found.num_flat
@@ -166,8 +170,13 @@ class LaplaceBase:
                 PyroSMWarning,
                 stacklevel=2,
             )
-        tril = torch.linalg.cholesky(found.covariance) * self.inflate
-        return LocScale(found.loc, tril.to(density.dtype))
+        tril, failed = torch.linalg.cholesky_ex(found.covariance)
+        if int(failed):
+            raise ValueError(
+                "the widths at the mode differ by more than the numbers can hold: the density seems to rise without "
+                "end, as in the neck of a funnel. Use PriorBase() or a GivenBase, or reparametrise the model"
+            )
+        return LocScale(found.loc, (tril * self.inflate).to(density.dtype))
 
 
 @dataclass(frozen=True)
