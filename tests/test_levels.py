@@ -11,6 +11,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from pyro_sm.denoiser import Denoiser
 from pyro_sm.noise import VE, ratio_levels
+from pyro_sm.sampling import diffusion
 from pyro_sm.sampling.levels import cheapest_walk, fit_levels, step_costs
 from pyro_sm.sampling.reverse import fit_kernels, gaussian_kernels, path_log_ratio
 
@@ -106,3 +107,21 @@ def test_too_few_steps_and_a_broken_network_change_nothing():
     assert torch.equal(fit_levels(Denoiser(zero_network(3)), ratios[:3], u, u), ratios[:3])
     broken = Denoiser(lambda x, c, context: torch.full((len(x), 6), math.nan, **DOUBLE))
     assert torch.equal(fit_levels(broken, ratios, u, u), ratios)
+
+
+@pytest.mark.parametrize(("dim", "draws"), [(2, 1024), (64, 1024), (100, 655), (1000, 65)])
+def test_many_latents_need_fewer_draws(monkeypatch, dim, draws):
+    """The cost of a step is a sum over latents, each of which is one more look at the same levels."""
+    seen = []
+
+    def kept(denoiser, ratios, u, noise):
+        seen.append((u.shape, noise.shape))
+        return ratios
+
+    monkeypatch.setattr(diffusion, "fit_levels", kept)
+    kernels = gaussian_kernels(even(4), dim)
+    process = diffusion.Diffusion(
+        Denoiser(zero_network(dim)), kernels, torch.zeros(dim, **DOUBLE), torch.eye(dim, **DOUBLE)
+    )
+    process.fit(torch.randn(1500, dim, **DOUBLE))
+    assert seen == [((draws, dim), (draws, dim))]

@@ -18,6 +18,7 @@ from pyro_sm.sampling.levels import fit_levels
 from pyro_sm.sampling.reverse import Kernels, fit_kernels, path_log_ratio, sample_paths
 
 _LEVEL_DRAWS = 1024  # levels need fewer than moments do, and look at many more places
+_LEVEL_NUMBERS = 65_536  # and fewer yet of many latents: their costs are added up
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Diffusion:
         """Kernels refitted to equally weighted latents ``z`` (N, D): where they stand, then their moments."""
         u = self.to_white(z)
         noise = torch.randn_like(u)
-        some = slice(_LEVEL_DRAWS)
+        some = slice(min(_LEVEL_DRAWS, max(_LEVEL_NUMBERS // self.dim, 1)))
         ratios = fit_levels(self.denoiser, self.kernels.ratios, u[some], noise[some])
         return fit_kernels(self.denoiser, self.kernels._replace(ratios=ratios), u, noise)
 
