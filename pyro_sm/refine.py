@@ -252,7 +252,7 @@ def nuts_from_guide(
         *args: what the model is called with.
         num_samples: draws per chain.
         warmup_steps: that adapt the step size; the mass matrix stays.
-        num_chains: of them; more than one are run by Pyro in processes of their own.
+        num_chains: of them; Pyro runs them in processes of their own where there are cores enough, else in turn.
         correction: how the first points are chosen from the pool; importance resampling if None.
         num_draws: of the guide; each costs one density evaluation.
         seed: of the guide's draws; the global generators are put back afterwards.

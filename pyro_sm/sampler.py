@@ -534,11 +534,18 @@ class DiffusionSampler:
         with isolated_rng(self.seed + _PROBE_SEED):
             findings = stein_findings(findings, density, pool.z, pool.log_weight, stein_draws)
             if probe is not None:
-                findings = self._probe(findings, pool, probe, density)
+                findings = self._probe(findings, pool, probe, density, thresholds)
         self._verdict = judge(findings, thresholds)
         return self._verdict
 
-    def _probe(self, findings: Findings, pool: Draws, probe: Probe | Probed, density: ModelDensity) -> Findings:
+    def _probe(
+        self,
+        findings: Findings,
+        pool: Draws,
+        probe: Probe | Probed,
+        density: ModelDensity,
+        thresholds: Thresholds | None,
+    ) -> Findings:
         """``findings`` with what a probe found, and what each replica would have said of its particles."""
         args, kwargs = self._data or ((), {})
         with torch.no_grad(), poutine.block():
@@ -547,7 +554,7 @@ class DiffusionSampler:
                 if self.probed is None or self._probe_settings != probe:
                     with probe_progress(self.disable_progbar) as report:
                         start = start_for(density, lambda: process_base(processes[0]))
-                        self.probed = look_elsewhere(probe, density, start, pool.log_weight, progress=report)
+                        self.probed = look_elsewhere(probe, density, start, pool.log_weight, thresholds, report)
                     self._probe_settings = probe
                 probe = self.probed
             wide = self.objective.wide or default_defence(density)

@@ -466,3 +466,13 @@ def test_files_of_others():
     assert check(single).level is Trust.CARE
     with pytest.raises(TypeError, match="with a posterior"):
         check({"x": np.zeros(3)})
+
+
+def test_the_samplers_second_look_goes_by_the_thresholds_given(sampler):
+    """Few particles: too few for the one, enough for the other, however many lines there are."""
+    spent = {}
+    for num_particles, least in ((64, 0.0), (65, math.inf)):
+        probe = Probe(TemperedSMC(num_particles, 1), modes=None)
+        found = sampler.check(probe=probe, thresholds=Thresholds(min_particles=least, deviations=1e6))
+        spent[least] = found.findings.probe_density_evaluations
+    assert spent[math.inf] > 2.5 * spent[0.0]
