@@ -32,6 +32,7 @@ from tqdm import tqdm
 from pyro_sm.base import CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
+from pyro_sm.corrections.local_moves import LocalMoves
 from pyro_sm.corrections.metropolis import IndependentMetropolis
 from pyro_sm.diagnostics.check import (
     DEFAULT_PROBE,
@@ -62,6 +63,7 @@ from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_sm
 
 _NAMES = itertools.count()
 _PROBE_SEED = 15_485_863  # the probe's generator is not that of training or of the draws
+_MOVE_SEED = 32_452_843
 _CHECKPOINT_KEYS = (
     "settings", "sites", "seed", "guide", "optimiser", "rng", "rounds", "steps", "loss_sum", "seconds", "history",
     "evaluations", "schedule", "population", "seeding",
@@ -455,21 +457,30 @@ class DiffusionSampler:
     def _counted(self) -> Evaluations:
         """Of training, and of the draws since, by all replicas."""
         trained = [replica._density().evaluations for replica in self.replicas]
-        drawn = sum(replica._drawn.density for replica in self.replicas)
-        return Evaluations(sum(e.density for e in trained) + drawn, sum(e.gradient for e in trained))
+        spent = [*trained, *(replica._drawn for replica in self.replicas)]
+        return Evaluations(sum(e.density for e in spent), sum(e.gradient for e in spent))
 
-    def get_samples(self, num_samples: int = 4000, *, correction: Correction | None = None) -> dict[str, Tensor]:
+    def get_samples(
+        self, num_samples: int = 4000, *, correction: Correction | None = None, moves: LocalMoves | None = None
+    ) -> dict[str, Tensor]:
         """Constrained draws by site, sample dimension first: ``{site: (num_samples, *shape)}``.
 
         Args:
             num_samples: how many; a multiple of the number of replicas, whose draws follow each other.
             correction: importance resampling from four times as many guide draws by default;
                 :class:`~pyro_sm.corrections.Raw` for the guide's own.
+            moves: of every draw that was chosen, by the posterior's score: they part those chosen more than once, and
+                mend what is wrong in the small. They do not change the shares of modes.
         """
         pool = self._pool(num_samples)
         index = self._correction(correction).apply(pool, num_samples, self._generator())
         density = self._density()
         z = pool.z[index]
+        if moves is not None:
+            counting = copy.copy(density)
+            counting.evaluations = self._drawn
+            with torch.no_grad(), isolated_rng(self.seed + _MOVE_SEED):
+                z = moves.run(counting, z).z
         return {**density.unpack(z), **density.deterministics(z)}
 
     @property

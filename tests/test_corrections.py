@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from pyro_sm.base import Draws
-from pyro_sm.corrections import Correction, ImportanceResampling, Raw
+from pyro_sm.corrections import Correction, DampedResampling, ImportanceResampling, Raw
+from pyro_sm.weights import effective_sample_size
 
-CORRECTIONS = [ImportanceResampling(), ImportanceResampling(smooth=False), Raw()]
+CORRECTIONS = [ImportanceResampling(), ImportanceResampling(smooth=False), DampedResampling(), Raw()]
 
 
 def make_draws(n: int = 1000, seed: int = 0, scale: float = 1.0) -> Draws:
@@ -100,3 +101,26 @@ def test_smoothing_tames_the_largest_weight():
         counts.append(int((index == largest).sum()))
     assert counts[0] > 100
     assert counts[1] <= counts[0]
+
+
+def test_damping_leaves_good_weights_alone():
+    draws = make_draws(2000)
+    assert effective_sample_size(draws.log_weight) > 0.3 * 2000
+    plain = ImportanceResampling(smooth=False).apply(draws, 500, torch.Generator().manual_seed(1))
+    damped = DampedResampling().apply(draws, 500, torch.Generator().manual_seed(1))
+    assert torch.equal(plain, damped)
+
+
+def test_damping_chooses_many_draws_where_a_few_have_all_the_weight():
+    draws = make_draws(2000, scale=300.0)
+    few = ImportanceResampling(smooth=False).apply(draws, 2000, torch.Generator().manual_seed(1)).unique()
+    many = DampedResampling().apply(draws, 2000, torch.Generator().manual_seed(1)).unique()
+    assert len(few) < 300
+    assert len(many) > 500
+    assert float(draws.log_weight[many].mean()) > float(draws.log_weight.mean())  # but not any
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
+def test_damping_to_no_share(share):
+    with pytest.raises(ValueError, match="expected effective_share in"):
+        DampedResampling(share)

@@ -59,6 +59,49 @@ def test_one_level_for_all_rows_is_that_level_for_each(n, s):
     assert not torch.allclose(net(z, one, context), net(z, one + 0.1, context))
 
 
+def written_out(net, particles, z, c):
+    """The head of ``egnn.py``, one configuration and one pair at a time."""
+    silu, (n, s) = torch.nn.functional.silu, (particles.num_particles, particles.space_dim)
+    x = particles.to_positions(z).unflatten(-1, (n, s))
+    came, r = x.clone(), torch.exp(4 * c)
+    condition = net.condition(net.embedding(c[None]))[0]
+    h = net.start((x * x).sum(-1, keepdim=True))
+    v = torch.zeros_like(x)
+    for k in range(len(net.message)):
+        scale, shift = net.modulation[k](condition).chunk(2)
+        gathered, force = torch.zeros_like(h), torch.zeros_like(x)
+        for i in range(n):
+            for j in set(range(n)) - {i}:
+                d = (x[i] - x[j]).norm()
+                bumps = torch.exp(-0.5 * ((d - net.centres) / (4 / len(net.centres))) ** 2)
+                seen = torch.cat([bumps, d[None], 1 / (d[None] + 0.1)])
+                a = net.distance[k](seen) + net.ends[k](h[i] + h[j])
+                m = silu(net.message[k](silu((1 + scale) * a + shift)))
+                gathered[i] += m / n**0.5
+                force[i] += net.pull[k](m) * (x[i] - x[j])
+        v, x = v + force, x + r / (1 + r * r).sqrt() * force
+        h = h + net.update[k](silu(net.gather[k](torch.cat([h, gathered], -1))))
+    skip = net.skip(condition)
+    v = v + (net.radial(h) + skip[0]) * came
+    log_variance = net.variance(h).mean() + skip[1]
+    return torch.cat([particles.to_latents(v.flatten()[None])[0], log_variance.expand(len(z))])
+
+
+@pytest.mark.parametrize(("n", "s"), CASES)
+def test_the_formulas_written_out(n, s):
+    net, particles, dim = network(n, s), MeanFree(n, s), (n - 1) * s
+    z, c = torch.randn(3, dim, dtype=torch.float64), torch.randn(3, dtype=torch.float64) / 4
+    rows = [written_out(net, particles, row, level) for row, level in zip(z, c, strict=True)]
+    torch.testing.assert_close(net(z, c), torch.stack(rows), rtol=1e-6, atol=1e-6)
+
+
+def test_no_subnormal_numbers_slow_it_down():
+    """A matrix product with them in it takes fifty times as long."""
+    net = network(5, 3)
+    far = net._seen(torch.randn(100, 10, 3, dtype=torch.float64) * 5).float()
+    assert float(far[far > 0].min()) > 1e-30
+
+
 def test_pieces_are_the_whole(monkeypatch):
     net = network(4, 2)
     z, c = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, dtype=torch.float64)

@@ -21,7 +21,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import pyro
 import pyro.distributions as dist
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pyro_sm.base import Draws, Evaluations
 from pyro_sm.bench.target_baselines import PathLogVariance, UnitWeights
-from pyro_sm.corrections import ImportanceResampling
+from pyro_sm.corrections import DampedResampling, ImportanceResampling, LocalMoves
 from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 from pyro_sm.density import GaussianDensity
 from pyro_sm.diagnostics import draw_from_guide
@@ -42,12 +42,15 @@ from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.model import ModelDensity
 from pyro_sm.nn.egnn import EGNN
-from pyro_sm.nn.mlp import MLP, Architecture
 from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights, PathWeights
 from pyro_sm.objectives.score_matching import Weighting
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.targets import DoubleWellParticles, LennardJones, Target
 from pyro_sm.weights import evidence
+
+_STEPS = 100  # per round: the package's default
+_PARTICLE_STEPS = 300  # messages between particles are dear beside their energies
+_PARTICLE_KERNELS = 96
 
 
 class Budget(NamedTuple):
@@ -154,11 +157,21 @@ def _whitened_model(target: Target) -> Callable[[], None]:
     return model
 
 
-def _architecture(target: Target) -> Architecture:
-    """The package's default; for particles the network that has their symmetry, for every method alike."""
-    if isinstance(target, DoubleWellParticles | LennardJones):
-        return EGNN(target.particles.num_particles, target.particles.space_dim)
-    return MLP()
+def _are_particles(target: Target) -> TypeGuard[DoubleWellParticles | LennardJones]:
+    return isinstance(target, DoubleWellParticles | LennardJones)
+
+
+def _guide(target: Target, model: Callable[[], None]) -> AutoDiffusion:
+    """The start as its base and everything else at its default.
+
+    For particles, for every method alike, the network that has their symmetry, and more kernels: they have one
+    variance for all directions, which bonded particles have not, and short steps make up for it.
+    """
+    base = GivenBase(*target.start)
+    if not _are_particles(target):
+        return AutoDiffusion(model, base=base)
+    network = EGNN(target.particles.num_particles, target.particles.space_dim)
+    return AutoDiffusion(model, base=base, architecture=network, num_steps=_PARTICLE_KERNELS)
 
 
 def _resampled(draws: Draws, budget: Budget, seed: int) -> Tensor:
@@ -177,7 +190,7 @@ def _weighted_fit(samples: Tensor, draws: Draws, training: Cost, drawing: Cost, 
 class ObjectiveFor(Protocol):
     """How a :class:`Sampler` makes its objective for a budget."""
 
-    def __call__(self, evaluations: int) -> ImportanceWeightedScoreMatching:
+    def __call__(self, target: Target, evaluations: int) -> ImportanceWeightedScoreMatching:
         """A fresh objective."""
         ...
 
@@ -192,13 +205,14 @@ class PathObjective:
 
     plain: bool = False
 
-    def __call__(self, evaluations: int) -> ImportanceWeightedScoreMatching:
-        """The objective, whatever the budget."""
+    def __call__(self, target: Target, evaluations: int) -> ImportanceWeightedScoreMatching:
+        """The objective, whatever the budget; with more steps to a round for particles."""
+        steps = _PARTICLE_STEPS if _are_particles(target) else _STEPS
         if not self.plain:
-            return ImportanceWeightedScoreMatching()
+            return ImportanceWeightedScoreMatching(steps_per_round=steps)
         # A share so small that γ = 1 always.
         return ImportanceWeightedScoreMatching(
-            effective_share=1e-9, population=None, weighting=PathWeights(target_score=False)
+            effective_share=1e-9, population=None, weighting=PathWeights(target_score=False), steps_per_round=steps
         )
 
 
@@ -216,7 +230,7 @@ class InnerObjective:
     batch_size: int = 64
     num_rounds: int = 16
 
-    def __call__(self, evaluations: int) -> ImportanceWeightedScoreMatching:
+    def __call__(self, target: Target, evaluations: int) -> ImportanceWeightedScoreMatching:
         """The objective for this budget."""
         per_round = max(evaluations // self.num_rounds, 1)
         num_particles = max(min(2048, per_round // 4), 64)
@@ -236,10 +250,12 @@ class Sampler:
     Args:
         name: of the method.
         objective: what it trains by.
+        moves: of the draws, which are then chosen by damped weights; None for draws as their weights say.
     """
 
     name: str
     objective: ObjectiveFor
+    moves: LocalMoves | None = None
 
     def fit(self, target: Target, seed: int, budget: Budget) -> Fit:
         """Train and draw; stops early if the effective sample size has stopped rising."""
@@ -248,8 +264,8 @@ class Sampler:
         model = _model(target)
         sampler = DiffusionSampler(
             model,
-            guide=AutoDiffusion(model, base=GivenBase(*target.start), architecture=_architecture(target)),
-            objective=self.objective(budget.evaluations),
+            guide=_guide(target, model),
+            objective=self.objective(target, budget.evaluations),
             stopping=StoppingRule(max_evaluations=budget.evaluations),
             seed=seed,
             disable_progbar=True,
@@ -258,10 +274,19 @@ class Sampler:
         spent = sampler.objective.evaluations
         training = meter.look(spent)
         draws = sampler.draws(budget.pool)
-        samples = _resampled(draws, budget, seed)
+        note = f"{len(sampler.history)} rounds"
         # The sampler counts its final draws apart from training: one density each.
-        drawing = meter.look(spent)._replace(density=draws.z.shape[0])
-        return _weighted_fit(samples, draws, training, drawing, f"{len(sampler.history)} rounds")
+        density = draws.z.shape[0]
+        if self.moves is None:
+            samples = _resampled(draws, budget, seed)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            moving = ModelDensity(model, ())
+            moved = self.moves.run(moving, draws.z[DampedResampling().apply(draws, budget.draws, generator)])
+            samples, density = moved.z, density + moving.evaluations.density
+            note += f", {self.moves.num_moves} moves of every draw, acceptance {moved.acceptance:.2f}"
+        drawing = meter.look(spent)._replace(density=density)
+        return _weighted_fit(samples, draws, training, drawing, note)
 
 
 # ------------------------------------------------------------------------------------------------ other trainings
@@ -312,7 +337,7 @@ class DiffusionGuideAtStart:
     def __call__(self, target: Target) -> tuple[Callable[[], None], Callable[..., Any], bool]:
         """Over ``x``: the guide whitens by itself."""
         model = _model(target)
-        return model, AutoDiffusion(model, base=GivenBase(*target.start), architecture=_architecture(target)), False
+        return model, _guide(target, model), False
 
 
 @dataclass(frozen=True)
@@ -498,6 +523,7 @@ class Chains:
 
 _METHODS: tuple[Method, ...] = (
     Sampler("iwsm", PathObjective()),
+    Sampler("iwsm-moves", PathObjective(), LocalMoves(200)),
     Sampler("iwsm-marginal", InnerObjective(MarginalWeights())),
     Tempered(),
     Chains(),

@@ -6,7 +6,8 @@ tempering.
 """
 
 from pyro_sm.corrections.annealing_path import Bridge, Power, PriorStart
-from pyro_sm.corrections.importance import Correction, ImportanceResampling, Raw
+from pyro_sm.corrections.importance import Correction, DampedResampling, ImportanceResampling, Raw
+from pyro_sm.corrections.local_moves import LocalMoves, Moved
 from pyro_sm.corrections.metropolis import IndependentMetropolis
 from pyro_sm.corrections.mixture_start import MixtureStart
 from pyro_sm.corrections.mode_search import ModeSearch
@@ -17,11 +18,14 @@ from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 __all__ = [
     "Bridge",
     "Correction",
+    "DampedResampling",
     "HamiltonianMove",
     "ImportanceResampling",
     "IndependentMetropolis",
+    "LocalMoves",
     "MixtureStart",
     "ModeSearch",
+    "Moved",
     "ParallelTempering",
     "Power",
     "PriorStart",

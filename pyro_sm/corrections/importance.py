@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Draws
-from pyro_sm.weights import normalised, pareto_smooth, resample
+from pyro_sm.weights import damping, normalised, pareto_smooth, resample
 
 
 @runtime_checkable
@@ -76,6 +76,45 @@ class ImportanceResampling:
         normalised(draws.log_weight)  # its errors name the bad weights; smoothing would hide them
         log_w = pareto_smooth(draws.log_weight).log_w if self.smooth else draws.log_weight
         return resample(log_w, num_samples, generator)
+
+
+@dataclass(frozen=True)
+class DampedResampling:
+    r"""Systematic resampling in proportion to ``w^γ``, γ ≤ 1 the largest that leaves an effective share of τ.
+
+    Where a handful of draws has all the weight, many different ones are chosen, of a law between the guide's and the
+    target's: starting points for :class:`~pyro_sm.corrections.LocalMoves`, not draws to take averages over. γ is 1,
+    and nothing is damped, where the weights are good enough.
+
+    Args:
+        effective_share: τ in (0, 1).
+
+    Raises:
+        ValueError: τ outside (0, 1).
+
+    Source: "Trust-region constrained annealing" https://arxiv.org/abs/2508.12511 .
+    """
+
+    effective_share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.effective_share < 1:
+            raise ValueError(f"expected effective_share in (0, 1), found {self.effective_share}")
+
+    @property
+    def name(self) -> str:
+        """What was done, in words."""
+        return f"resampling by damped weights (effective share {self.effective_share})"
+
+    def apply(self, draws: Draws, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Indices (num_samples,) into ``draws``, in random order.
+
+        Raises:
+            ValueError: fewer draws than ``num_samples``; a log weight NaN or ``+inf``; none finite.
+        """
+        _check_pool(draws, num_samples)
+        normalised(draws.log_weight)
+        return resample(damping(draws.log_weight, self.effective_share) * draws.log_weight, num_samples, generator)
 
 
 @dataclass(frozen=True)

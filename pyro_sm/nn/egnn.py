@@ -2,23 +2,28 @@
 r"""A network for particles that knows what does not change their energy: rotation, reflection, and their order.
 
 Mean-free latents ``z`` (D = (n−1)s, see ``mean_free.py``) are positions ``x = H z`` of n particles in R^s. Pairs
-``p = {i, j}`` with distance ``d_p`` carry messages, particles carry features, in L layers:
+``p = {i, j}`` with distance ``d_p`` carry messages, particles carry features, and both move, in L layers:
 
     ``m_p = silu(W silu((1 + a) ⊙ (E φ(d_p) + U (h_i + h_j)) + b))``,   ``h_i ← h_i + ψ(h_i, Σ_{p∋i} m_p / √n)``,
+    ``f_i = Σ_{p={i,j}} (ω·m_p) (x_i − x_j)``,   ``x_i ← x_i + s f_i``,   ``s = r/√(1 + r²)``,
 
 ``a, b`` from noise level and context, ``φ`` Gaussian bumps beside ``d`` and ``1/(d + 0.1)``. The vector that comes
 out is a sum of vectors that turn with the particles,
 
-    ``v_i = Σ_{p={i,j}} w_p (x_i − x_j) + (g(h_i) + c) x_i``,   ``w_p = Σ_layers ω·m_p``,
+    ``v_i = Σ_layers f_i + (g(h_i) + c) x_i``,
 
-and the log variance one invariant number, the same for all latents. Mean-free by construction: ``F = Hᵀ v``. What it
-computes is equivariant as long as the guide's base is isotropic: a common scale for all latents.
+with the ``x_i`` as they came, and the log variance one invariant number, the same for all latents. The denoised point
+is the noised one plus about ``s v``, so that the particles of each layer stand where the layers before it have
+denoised them to: where particles are packed, each has to give way to others that give way themselves, and one look at
+the distances does not tell where to. Mean-free by construction: ``F = Hᵀ v``. What it computes is equivariant as long
+as the guide's base is isotropic: a common scale for all latents.
 
 Source: "E(n) Equivariant Graph Neural Networks" https://arxiv.org/abs/2102.09844 .
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -88,38 +93,48 @@ class EquivariantNetwork(nn.Module):
         """Evaluate."""
         features = level_features(self.embedding, c, context, self.context_dim)
         condition = self.condition(features)
+        ratio = torch.exp(4 * c)
+        step = (ratio / torch.sqrt(1 + ratio.square()))[:, None, None]
         rows_in_cache = max(1, _NUMBERS_IN_CACHE // (self.pairs.shape[0] * self.start.out_features))
         if x.device.type != "cpu" or x.shape[0] <= rows_in_cache:
-            return self._trunk(x, condition)
-        at = condition.expand(x.shape[0], -1).split(rows_in_cache) if condition.shape[0] > 1 else None
-        pieces = x.split(rows_in_cache)
-        return torch.cat([self._trunk(rows, condition if at is None else at[i]) for i, rows in enumerate(pieces)])
+            return self._trunk(x, condition, step)
+        pieces = [
+            part.split(rows_in_cache) if part.shape[0] > 1 else itertools.repeat(part) for part in (condition, step)
+        ]
+        return torch.cat([self._trunk(*parts) for parts in zip(x.split(rows_in_cache), *pieces, strict=False)])
 
-    def _trunk(self, x: Tensor, condition: Tensor) -> Tensor:
-        """``x`` (B, D) and what is known of level and context, (B, ·) or one row, to (B, 2D)."""
+    def _trunk(self, x: Tensor, condition: Tensor, step: Tensor) -> Tensor:
+        """``x`` (B, D) to (B, 2D).
+
+        ``condition``: what is known of level and context, (B, ·); ``step``: ``s``, (B, 1, 1); or one row of each.
+        """
         z = x.unflatten(-1, (self.num_particles - 1, self.space_dim))
-        position = self.helmert.to(x) @ z
-        difference = self.pairs.to(x) @ z
-        d = (difference.square().sum(-1, keepdim=True) + _SMALLEST).sqrt()
-        spacing = _REACH / len(self.centres)
-        bumps = torch.exp((-0.5 * ((d - self.centres) / spacing).square()).clamp(min=_NOTHING))
-        seen = torch.cat([bumps, d, 1 / (d + 0.1)], -1)
-        joined = self.joined.to(x)
+        pairs, joined, basis = self.pairs.to(x), self.joined.to(x), self.helmert.to(x)
+        position = basis @ z
         h = self.start(position.square().sum(-1, keepdim=True))
-        weight = torch.zeros_like(d)
+        force = torch.zeros_like(z)
         silu = nn.functional.silu
         for k, modulation in enumerate(self.modulation):
+            difference = pairs @ z
             scale, shift = modulation(condition)[:, None].chunk(2, -1)
-            a = self.distance[k](seen) + joined @ self.ends[k](h)
+            a = self.distance[k](self._seen(difference)) + joined @ self.ends[k](h)
             m = silu(self.message[k](silu(torch.addcmul(shift, a, 1 + scale))))
-            weight = weight + self.pull[k](m)
+            own = pairs.T @ (self.pull[k](m) * difference)
+            force, z = force + own, z + step * own
             gathered = joined.T @ m / math.sqrt(self.num_particles)
             h = h + self.update[k](silu(self.gather[k](torch.cat([h, gathered], -1))))
         skip = self.skip(condition)
-        centred = self.helmert.to(x).T @ ((self.radial(h) + skip[:, None, :1]) * position)
-        force = (self.pairs.to(x).T @ (weight * difference) + centred).flatten(-2)
+        centred = basis.T @ ((self.radial(h) + skip[:, None, :1]) * position)
+        mean = (force + centred).flatten(-2)
         log_variance = self.variance(h).mean(1) + skip[:, 1:]
-        return torch.cat([force, log_variance.expand_as(force)], -1)
+        return torch.cat([mean, log_variance.expand_as(mean)], -1)
+
+    def _seen(self, difference: Tensor) -> Tensor:
+        """What messages are made of, (B, P, ·), for differences of positions (B, P, s)."""
+        d = (difference.square().sum(-1, keepdim=True) + _SMALLEST).sqrt()
+        spacing = _REACH / len(self.centres)
+        bumps = torch.exp((-0.5 * ((d - self.centres) / spacing).square()).clamp(min=_NOTHING))
+        return torch.cat([bumps, d, 1 / (d + 0.1)], -1)
 
 
 @dataclass(frozen=True)
