@@ -57,6 +57,8 @@ class Thresholds:
             deviation.
         good_ess: effective draws of a result to be used as it is: 400, as for MCMC (the paper on R̂).
         ess_share: below this share of the draws the effective number is itself the work of a few weights.
+        undamped: effective share of the draws from which on a damped last round is past: the weights judge the guide
+            as it is, and ones as good as these would not have been damped.
         deviations: standard errors that two estimates of ``log Z`` may differ by; errors of logs of skewed means are
             too small, so that this is more than the usual two or three.
         drift: nats by which they may differ whatever their errors: 5 % of Z, which no posterior average notices.
@@ -76,6 +78,7 @@ class Thresholds:
     min_ess: float = 100.0
     good_ess: float = 400.0
     ess_share: float = 0.005
+    undamped: float = 0.3
     deviations: float = 4.0
     drift: float = 0.05
     rhat: float = 1.05
@@ -242,7 +245,10 @@ def _evidence(f: Findings, t: Thresholds) -> Iterator[Reason]:
             yield Reason(text, "", Trust.TRUST)
     if f.gamma is not None and f.gamma < 0.999:
         text = f"the last round was damped (γ = {f.gamma:.2f}): the guide was taught a flattened posterior"
-        yield Reason(text, _TRAIN, Trust.CARE)
+        if f.ess is not None and f.num_draws and f.ess >= t.undamped * f.num_draws:
+            yield Reason(f"{text}; its weights now would need no damping", "", Trust.TRUST)
+        else:
+            yield Reason(text, _TRAIN, Trust.CARE)
 
 
 def _chains(f: Findings, t: Thresholds) -> Iterator[Reason]:
