@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 
 import pyro
 import pytest
 import torch
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker: what tests start must not take two
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
