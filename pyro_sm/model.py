@@ -343,6 +343,30 @@ class ModelDensity:
         log_det = self._structure.constrain(z)[1]
         return without_nan(value if log_det is None else value + log_det)
 
+    def log_prior_terms(self, z: Tensor) -> dict[str, Tensor]:
+        """Log prior density of each latent site in its own space, nats: no data, no factors, no scales, no masks.
+
+        ``z``: (B, D); returns (B, *shape) by site name, with the shape of the site less its event dimensions. Their
+        sum differs from :meth:`log_prior` by the log determinant of the maps onto the sites' supports.
+
+        Raises:
+            NotImplementedError: a prior is improper, or depends on a discrete latent.
+        """
+        if not self.has_prior:
+            self.log_prior(self._probe)  # says why
+            raise NotImplementedError("the prior has no finite density where it was looked at")
+        names = [site.name for site in self.sites]
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            sites = nodes(self._traced.condition(values, size))
+            with no_validation():
+                return {name: sites[name]["fn"].log_prob(values[name]) for name in names}
+
+        one = {name: value[0] for name, value in self.unpack(self._probe).items()}
+        with torch.no_grad():
+            shapes = {name: term.shape for name, term in read(one, None).items()}
+            return self._collect_checked(read, self._checked(z), shapes)
+
     def posterior_predictive(self, z: Tensor) -> dict[str, Tensor]:
         """Fresh draws of the observed sites, and the deterministic sites, given the latents.
 

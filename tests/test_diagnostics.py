@@ -130,6 +130,7 @@ def test_groups_dimensions_and_labels(legacy):
         "posterior": {"mu": (4, 250), "pair": (4, 250, 2), "theta": (4, 250, 5), "shifted": (4, 250, 5)},
         "sample_stats": {"lp": (4, 250), "log_q": (4, 250)},
         "log_likelihood": {"y": (4, 250, 5)},
+        "log_prior": {"mu": (4, 250), "pair": (4, 250), "theta": (4, 250, 5)},
         "posterior_predictive": {"y": (4, 250, 5)},
         "prior": {"mu": (1, 1000), "pair": (1, 1000, 2), "theta": (1, 1000, 5), "shifted": (1, 1000, 5)},
         "prior_predictive": {"y": (1, 1000, 5)},

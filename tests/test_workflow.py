@@ -106,6 +106,50 @@ def test_prior_and_prior_predictive_are_those_of_the_model(legacy):
     assert (data["posterior_predictive"]["y"].values.var((0, 1)) < 0.2 * variance).all()
 
 
+@pytest.mark.parametrize("legacy", LINES)
+def test_log_prior_of_every_site_at_the_posterior(legacy):
+    data = export(legacy)
+    beta, shift = (torch.tensor(data["posterior"][name].values) for name in ("beta", "shift"))
+    expected = {"beta": dist.Normal(0.0, 2.0).log_prob(beta).sum(-1), "shift": dist.Normal(0.2, 0.5).log_prob(shift)}
+    assert set(data["log_prior"].data_vars) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(data["log_prior"][name].values, value, rtol=1e-6)
+        assert data["log_prior"][name].dims == ("chain", "draw")
+
+
+def test_the_terms_of_the_log_prior_are_all_of_it():
+    """A transformed site in a plate, a dependent one: the sum and the log determinants make ``log_prior``."""
+
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("x", dist.Normal(0.0, scale))
+            pyro.sample("w", dist.Dirichlet(torch.ones(4, dtype=X.dtype)))
+        pyro.sample("obs", dist.Normal(scale, 1.0), obs=X[0])
+
+    density = ModelDensity(model, ())
+    z = density.prior_draws(7)
+    terms = density.log_prior_terms(z)
+    assert {name: term.shape for name, term in terms.items()} == {"scale": (7,), "x": (7, 3), "w": (7, 3)}
+    total = sum(term.reshape(7, -1).sum(-1) for term in terms.values())
+    torch.testing.assert_close(total + density._structure.constrain(z)[1], density.log_prior(z))
+
+
+@pytest.mark.parametrize("legacy", LINES)
+def test_arviz_sees_which_prior_matters(legacy):
+    """Power scaling: ``shift`` is known from its prior, the slope from the data."""
+    if legacy:
+        table = az.psens(export(True), component="prior")
+        shift, beta = float(table["shift"]), np.asarray(table["beta"])
+        assert shift > 2 * beta[1]
+    else:
+        stats = pytest.importorskip("arviz_stats")
+        table = stats.psense(export(False))
+        # Of all variables those that the data do not tell apart follow the prior most.
+        assert float(stats.psense_summary(export(False)).loc["shift", "prior"]) > 0.05
+        assert np.isfinite(np.asarray(table["beta"])).all()
+
+
 def test_data_that_the_prior_cannot_give_are_left_out_with_a_reason(monkeypatch):
     density = ModelDensity(line, (X, Y))
     z = density.prior_draws(400)

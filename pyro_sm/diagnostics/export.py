@@ -9,6 +9,8 @@ in ``arviz_base``. The same groups are written in both:
 ``sample_stats``                  ``lp`` = ``log p̃``, ``log_q``, nats, of the same draws; without weights no ``log_q``
 ``log_likelihood``                pointwise, nats; left out where the model cannot give it (enumerated sites)
 ``posterior_predictive``          observed sites drawn anew
+``log_prior``                     log density of each latent site's prior at the posterior's draws, nats, for
+                                  ``psense``; left out where a prior is improper
 ``prior``                         draws of the prior, and deterministic sites; left out where the prior is improper
 ``prior_predictive``              observed sites drawn from them; left out, too, where they cannot be (said so)
 ``observed_data``                 the data
@@ -118,7 +120,7 @@ def draws_to_arviz(
         known_evidence: of draws that have no weights to tell it: all count alike, whatever ``draws.log_weight`` is.
         predictive: whether to draw ``posterior_predictive``.
         log_likelihood: whether to compute ``log_likelihood`` (``num_samples`` × size of the data numbers).
-        prior: whether to draw ``prior`` and, with ``predictive``, ``prior_predictive``.
+        prior: whether to draw ``prior`` and, with ``predictive``, ``prior_predictive``; and to compute ``log_prior``.
         legacy: ``True`` for ``InferenceData``, ``False`` for ``DataTree``, ``None`` for what the installed
             ArviZ uses.
 
@@ -142,7 +144,7 @@ def draws_to_arviz(
     if verdict is not None:
         attributes |= {"verdict": verdict.level.words, **verdict.findings.attributes()}
     with torch.no_grad():
-        groups = _posterior_groups(density, draws, index, num_chains, log_likelihood)
+        groups = _posterior_groups(density, draws, index, num_chains, log_likelihood, prior)
         if predictive and density.observed:
             groups["posterior_predictive"] = _into_chains(_predictive(density, draws.z[index]), num_chains)
         if prior and not density.improper:
@@ -289,9 +291,9 @@ def _predictive(density: ModelDensity, z: Tensor) -> dict[str, np.ndarray]:
 
 
 def _posterior_groups(
-    density: ModelDensity, draws: Draws, index: Tensor, chains: int, log_likelihood: bool
+    density: ModelDensity, draws: Draws, index: Tensor, chains: int, log_likelihood: bool, log_prior: bool
 ) -> Groups:
-    """``posterior``, ``sample_stats`` and ``log_likelihood``; each distinct draw is computed once."""
+    """``posterior``, ``sample_stats``, ``log_likelihood``, ``log_prior``; each distinct draw is computed once."""
     distinct, inverse = torch.unique(index, return_inverse=True)
     z = draws.z[distinct]
     positions = _numpy(inverse)
@@ -307,6 +309,8 @@ def _posterior_groups(
     if log_likelihood and density.observed:
         with contextlib.suppress(NotImplementedError):  # discrete sites summed out: data not independent
             groups["log_likelihood"] = spread(_in_chunks(density.log_likelihood, z))
+    if log_prior and density.has_prior:
+        groups["log_prior"] = spread(_in_chunks(density.log_prior_terms, z))
     return groups
 
 
@@ -443,13 +447,18 @@ def _training_dataset(history: Sequence[RoundInfo]) -> Any:
 
 
 def _apart(groups: Groups) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Groups of sites only, and those that hold :data:`_OWN_NAMES` as well."""
-    own = {group: values for group, values in groups.items() if group in ("sample_stats", "guide")}
+    """Groups of sites' values only, and those that hold :data:`_OWN_NAMES` as well, or no event dimensions."""
+    own = {group: values for group, values in groups.items() if group in ("sample_stats", "guide", "log_prior")}
     return {group: values for group, values in groups.items() if group not in own}, own
 
 
-def _dims_of_sites(names: _Names) -> dict[str, list[str]]:
-    """Without those of sites that have one of :data:`_OWN_NAMES`, whose variables have no dimensions of their own."""
+def _dims_of_sites(names: _Names, group: str, values: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
+    """Of a group's variables as far as they go: of a density those of the events are summed.
+
+    Without those of sites that have one of :data:`_OWN_NAMES`, whose variables have no dimensions of their own.
+    """
+    if group == "log_prior":
+        return {name: names.dims[name][: value.ndim - 2] for name, value in values.items() if name in names.dims}
     return {name: dims for name, dims in names.dims.items() if name not in _OWN_NAMES}
 
 
@@ -460,7 +469,7 @@ def _inference_data(groups: Groups, names: _Names, attributes: dict[str, Any], h
     sites, own = _apart(groups)
     data = arviz.from_dict(**sites, dims=names.dims, coords=names.coords, posterior_attrs=attributes)
     extra = {
-        group: arviz.dict_to_dataset(values, dims=_dims_of_sites(names), coords=names.coords)
+        group: arviz.dict_to_dataset(values, dims=_dims_of_sites(names, group, values), coords=names.coords)
         for group, values in own.items()
     }
     data.add_groups(extra | ({"training": _training_dataset(history)} if history else {}))
@@ -474,8 +483,9 @@ def _data_tree(groups: Groups, names: _Names, attributes: dict[str, Any], histor
 
     sites, own = _apart(groups)
     tree = arviz_base.from_dict(sites, dims=names.dims, coords=names.coords, attrs={"posterior": attributes})
-    for group, data in arviz_base.from_dict(own, dims=_dims_of_sites(names), coords=names.coords).children.items():
-        tree[group] = data
+    for group, values in own.items():
+        dims = _dims_of_sites(names, group, values)
+        tree[group] = arviz_base.from_dict({group: values}, dims=dims, coords=names.coords)[group]
     if history:
         tree["training"] = xarray.DataTree(_training_dataset(history))
     return tree
