@@ -16,7 +16,15 @@ from pyro_sm.diagnostics import (
     stein_goodness_of_fit,
     to_arviz,
 )
-from pyro_sm.guides import AutoDiffusion, BatchAndMatch, BatchAndMatchBase, GivenBase, LaplaceBase, PriorBase
+from pyro_sm.guides import (
+    AutoDiffusion,
+    BatchAndMatch,
+    BatchAndMatchBase,
+    GivenBase,
+    GuideBase,
+    LaplaceBase,
+    PriorBase,
+)
 from pyro_sm.model import ModelDensity
 from pyro_sm.objectives import (
     BridgeDensityEstimation,
@@ -49,6 +57,7 @@ __all__ = [
     "DrawsScoreMatching",
     "FisherDivergence",
     "GivenBase",
+    "GuideBase",
     "ImplicitScoreMatching",
     "ImportanceResampling",
     "ImportanceWeightedScoreMatching",

@@ -2,7 +2,7 @@
 """Guides: diffusion samplers with the interface of Pyro's automatic guides, and an optimiser-free Gaussian fit."""
 
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
-from pyro_sm.guides.bases import BatchAndMatchBase, GivenBase, LaplaceBase, PriorBase
+from pyro_sm.guides.bases import BatchAndMatchBase, GivenBase, GuideBase, LaplaceBase, PriorBase
 from pyro_sm.guides.gaussian_fit import BatchAndMatch, GaussianFit
 from pyro_sm.guides.mixture import AutoGaussianMixture
 
@@ -13,6 +13,7 @@ __all__ = [
     "BatchAndMatchBase",
     "GaussianFit",
     "GivenBase",
+    "GuideBase",
     "LaplaceBase",
     "PriorBase",
 ]

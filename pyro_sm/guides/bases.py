@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_sm.base import Density, PyroSMWarning
 from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, start_at_mode
 from pyro_sm.density import given_gaussian
+from pyro_sm.guides.gaussian_fit import check_latents, guide_gaussian, latent_sizes
 from pyro_sm.laplace import laplace
 from pyro_sm.model import ModelDensity
 
@@ -224,3 +225,60 @@ class BatchAndMatchBase:
         if not math.isfinite(float(tril.sum())):
             raise ValueError("Batch-and-Match diverged: use PriorBase() or a GivenBase")
         return LocScale(fitted.gaussian.loc.to(density.dtype), tril.to(density.dtype))
+
+
+class GuideBase:
+    """The Gaussian that a fitted guide of Pyro's is: ``N(μ, inflate² Σ)`` over the packed unconstrained latents.
+
+    The way to a hundred latents and more, where a Gaussian with correlations is needed and hard to reach from the
+    prior or a mode: an ELBO brings a low-rank guide near, matching scores sharpens it, the diffusion goes on::
+
+        guide = AutoLowRankMultivariateNormal(model, rank=10)
+        svi = SVI(model, guide, Adam({"lr": 0.02}), Trace_ELBO())
+        for _ in range(2000):
+            svi.step(data)
+        BatchAndMatch().fit(guide, data)  # again, until the `fisher` that it returns is at rest far below D
+        sampler = DiffusionSampler(model, base=GuideBase(guide))
+
+    With ``AutoLowRankMultivariateNormal``, ``Σ = diag(s) (I + FFᵀ) diag(s)``, ``F`` (D, rank). The guide is read when
+    the base is made; what happens to it, or to the param store, later does not matter. Like every single Gaussian it
+    covers one of several separated modes.
+
+    Args:
+        guide: AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, or what
+            ``laplace_approximation()`` of an AutoLaplaceApproximation returns; it must have been called.
+        inflate: factor on the scale; above 1 for a guide fitted by an ELBO alone, which comes out too narrow.
+
+    Raises:
+        TypeError: the guide is not Gaussian over the packed latents.
+        ValueError: it has never been called, its numbers are not finite, or ``inflate`` is not positive; on
+            :meth:`fit`, if guide and model have different latents.
+
+    Sources: "Gaussian variational approximation with a factor covariance structure"
+    https://arxiv.org/abs/1701.03208 ; "Batch, match, and patch: low-rank approximations for score-based variational
+    inference" https://arxiv.org/abs/2410.22292 .
+    """
+
+    def __init__(self, guide: Any, *, inflate: float = 1.0) -> None:
+        if not 0 < inflate < math.inf:
+            raise ValueError(f"expected inflate > 0 and finite, found {inflate}")
+        gaussian = guide_gaussian(guide)
+        tril, failed = torch.linalg.cholesky_ex(gaussian.covariance)
+        if int(failed) or not bool(torch.isfinite(gaussian.loc).all() and torch.isfinite(tril).all()):
+            raise ValueError(
+                f"the location or covariance of this {type(guide).__name__} is not finite or not positive definite: "
+                "its fit has diverged"
+            )
+        self.kind = type(guide).__name__
+        self.sizes: dict[str, int] = latent_sizes(guide)
+        self.inflate = inflate
+        self.gaussian = LocScale(gaussian.loc, tril)
+
+    def __repr__(self) -> str:
+        return f"GuideBase({self.kind} of {len(self.gaussian.loc)} latents, inflate={self.inflate})"
+
+    def fit(self, density: ModelDensity) -> LocScale:
+        """Check the latents against the model and return the base; no evaluations."""
+        check_latents(self.kind, self.sizes, density)
+        loc, scale_tril = (x.to(density.device, density.dtype) for x in self.gaussian)
+        return LocScale(loc, scale_tril * self.inflate)

@@ -18,9 +18,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoGuide,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn.module import pyro_method
 from torch import Tensor
@@ -29,6 +36,7 @@ from torch.distributions import transform_to
 from pyro_sm.base import Evaluations
 from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, start_at_mode
 from pyro_sm.model import ModelDensity
+from pyro_sm.model_trace import no_validation
 
 
 class GaussianFit(NamedTuple):
@@ -105,7 +113,7 @@ class BatchAndMatch:
             with torch.no_grad(), poutine.block():
                 guide(*args, **kwargs)
         density = ModelDensity(_model(guide), args, kwargs)
-        _check_latents(guide, density)
+        check_latents(type(guide).__name__, latent_sizes(guide), density)
         start = _start(guide, self.rank)
         if self.search_mode and isinstance(start, Gaussian):
             start = start_at_mode(density, start, batch_size=self.batch_size)
@@ -124,14 +132,67 @@ def _model(guide: Any) -> Any:
     return inner if isinstance(handler, InitMessenger) else model
 
 
-def _check_latents(guide: Any, density: ModelDensity) -> None:
-    own = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
+@pyro_method
+def latent_sizes(guide: Any) -> dict[str, int]:
+    """Unconstrained size of each latent site of a guide that has been called, in the order in which it packs them."""
+    if isinstance(guide, AutoNormal):
+        names = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+        return {name: guide._get_loc_and_scale(name)[0].numel() for name in names}
+    return {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
+
+
+def check_latents(kind: str, own: dict[str, int], density: ModelDensity) -> None:
+    """Compare the latent sites of a guide of this ``kind`` with those of a model.
+
+    Raises:
+        ValueError: they, their sizes or their order differ.
+    """
     wanted = {site.name: site.stop - site.start for site in density.sites}
     if list(own.items()) != list(wanted.items()):
         raise ValueError(
-            f"{type(guide).__name__} covers the latent sites {own} (name: size), the model has {wanted}: was the "
+            f"{kind} covers the latent sites {own} (name: size), the model has {wanted}: was the "
             "guide made for another model, or is a plate subsampled?"
         )
+
+
+def guide_gaussian(guide: Any) -> Gaussian:
+    """The ``N(μ, Σ)`` (float64) over the packed latents that a Gaussian guide of Pyro's stands for now.
+
+    Raises:
+        TypeError: the guide is not Gaussian over the packed latents.
+        ValueError: it has never been called.
+    """
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        raise ValueError(f"this {type(guide).__name__} has never been called: fit it first")
+    with no_validation():  # a fit that has diverged is the caller's to report
+        found = _law(guide) if isinstance(guide, AutoNormal | AutoContinuous) else None
+    if found is None:
+        raise TypeError(
+            "expected a Gaussian guide over all latents (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, "
+            "AutoLowRankMultivariateNormal, or what laplace_approximation() returns), found "
+            f"{type(guide).__name__}"
+        )
+    return found
+
+
+@pyro_method
+@torch.no_grad()
+def _law(guide: Any) -> Gaussian | None:
+    """As :func:`guide_gaussian`; None for a law that is not normal."""
+    if isinstance(guide, AutoNormal):
+        pieces = [[x.reshape(-1).double() for x in guide._get_loc_and_scale(name)] for name in latent_sizes(guide)]
+        loc, scale = (torch.cat(part) for part in zip(*pieces, strict=True))
+        return Gaussian(loc.clone(), torch.diag(scale.square()))
+    law = guide.get_posterior()
+    if isinstance(law, dist.LowRankMultivariateNormal):
+        low_rank = LowRankGaussian(*(x.double() for x in (law.loc, law.cov_diag, law.cov_factor)))
+        return Gaussian(low_rank.loc.clone(), low_rank.covariance)
+    if isinstance(law, dist.MultivariateNormal):
+        tril = law.scale_tril.double()
+        return Gaussian(law.loc.double().clone(), tril @ tril.T)
+    if isinstance(law, dist.Independent) and isinstance(law.base_dist, dist.Normal):
+        return Gaussian(law.mean.double().clone(), torch.diag(law.variance.double()))
+    return None
 
 
 # `pyro_method` reads the parameters from the param store where they live there, and they are changed in place:

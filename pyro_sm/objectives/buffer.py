@@ -11,13 +11,17 @@ Source: "Trust-region constrained annealing" https://arxiv.org/abs/2508.12511 .
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_sm.base import Draws
 from pyro_sm.weights import damping, effective_sample_size, evidence, normalised, pareto_smooth
+
+T = TypeVar("T")
 
 
 class Round(NamedTuple):
@@ -73,10 +77,15 @@ def round_statistics(log_weight: Tensor) -> RoundStatistics:
     )
 
 
-class Buffer(NamedTuple):
-    """The last few rounds, oldest first; each counts alike, whatever its size, or not at all if its weights are 0."""
+@dataclass(frozen=True)
+class Buffer:
+    """The last few rounds, oldest first; each counts alike, whatever its size, or not at all if its weights are 0.
+
+    It never changes, so that what every training step needs of all its latents need be made once only (:meth:`once`).
+    """
 
     rounds: tuple[Round, ...] = ()
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def push(self, new: Round, keep: int) -> Buffer:
         """The buffer with ``new`` in it and all but the last ``keep`` rounds forgotten."""
@@ -96,6 +105,13 @@ class Buffer(NamedTuple):
         """Training weights (M,), summing to 1."""
         weight = torch.cat([r.weight for r in self.rounds])
         return weight / weight.sum()
+
+    def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What ``make`` makes of this buffer; made anew only where ``key``, what else it depends on, has changed."""
+        if self._made.get("key") != key:
+            self._made.update(key=key, value=make())
+        value: T = self._made["value"]
+        return value
 
     def pick(self, weight: Tensor, uniform: Tensor) -> Tensor:
         """Indices (B,) into the buffer in proportion to ``weight`` (M,), by inverting its cumulative sum."""

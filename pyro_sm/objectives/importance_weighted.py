@@ -15,6 +15,7 @@ https://arxiv.org/abs/2505.19431 .
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.base import Density, DiffusionGuide, Evaluations, RoundInfo, require
+from pyro_sm.base import Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
 from pyro_sm.objectives.buffer import Buffer, Round, damped_round, round_statistics
 from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
 from pyro_sm.objectives.population import Particles, Population, as_round
@@ -184,6 +185,20 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             particles, _ = settings.exchanged(particles, new.draws, process, density, self.defence(density), share)
             return settings.moved(particles, density)
 
+    def _warn_of_many_latents(self, info: RoundInfo, dim: int) -> None:
+        """After the first round: said at once, and not by the verdict after minutes of training."""
+        settings = self.population or _POPULATION
+        if dim > settings.max_dim and info.khat >= settings.min_khat:
+            warnings.warn(
+                f"the base is too far from the posterior to learn from: of {self.num_particles} weighted draws in "
+                f"{dim} latents a few carry all the weight (Pareto k̂ {info.khat:.1f}), and beyond "
+                f"{settings.max_dim} latents no population of particles helps out. Training goes on, but will most "
+                "likely take long and arrive nowhere. Start from a Gaussian that fits, "
+                "base=GuideBase(AutoLowRankMultivariateNormal fitted by an ELBO and BatchAndMatch), or use NUTS",
+                PyroSMWarning,
+                stacklevel=2,
+            )
+
     def _after_round(self, new: Round, density: Density, particles: Particles | None) -> TrainingState:
         state = self.state
         stats = round_statistics(new.draws.log_weight)
@@ -199,6 +214,8 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             gradient_evaluations=density.evaluations.gradient,
             seconds=state.seconds,
         )
+        if not state.history:
+            self._warn_of_many_latents(info, density.dim)
         if particles is None or self.population is None:
             buffer = state.buffer.push(new, self.buffer_rounds)
         else:

@@ -128,6 +128,27 @@ def denoising_loss(
     return (error.square() - target.square() + _VARIANCE_WEIGHT * variance_term).mean(-1)
 
 
+class Lessons(NamedTuple):
+    """What denoising needs of a buffer: training ``weight`` (M,) and whitened latents ``u`` (M, D).
+
+    ``score``: (M, D), whitened; ``information``: (D,), of the law of ``u``; both None where they are not wanted, or
+    no score is known.
+    """
+
+    weight: Tensor
+    u: Tensor
+    score: Tensor | None
+    information: Tensor | None
+
+
+def lessons(process: DiffusionProcess, buffer: Buffer, *, with_score: bool) -> Lessons:
+    """All that does not change from step to step; made at every call, at a cost of ``O(M D²)``."""
+    weight, u = buffer.weights(), process.to_white(buffer.latents())
+    score = process.white_score(buffer.scores()) if with_score else None
+    information = None if score is None else fisher_information(score, weight)
+    return Lessons(weight, u, None if information is None else score, information)
+
+
 @dataclass(frozen=True)
 class PathWeights:
     """Denoising score matching on draws picked by their damped path weights ``w^γ`` (the default).
@@ -167,14 +188,15 @@ class PathWeights:
         """Denoising loss of rows picked by weight."""
         # Without grad: a base wider than the draws would lower the loss and teach the network nothing.
         with torch.no_grad():
-            weight = buffer.weights()
-            index = buffer.pick(weight, step.pick)
-            u = process.to_white(buffer.latents()[index])
-            known = None
-            if self.target_score:
-                score = process.white_score(buffer.scores())
-                information = fisher_information(score, weight)
-                known = None if information is None else TargetScore(score[index], information)
+            # A base is known by where it puts two latents; another objective may have moved it.
+            base = process.to_white(buffer.rounds[-1].draws.z[:2]).flatten().tolist()
+            made = buffer.once(
+                (self.target_score, *base), lambda: lessons(process, buffer, with_score=self.target_score)
+            )
+            index = buffer.pick(made.weight, step.pick)
+            u, known = made.u[index], None
+            if made.score is not None and made.information is not None:
+                known = TargetScore(made.score[index], made.information)
         return denoising_loss(process, u, step.level, step.noise, known)
 
 
