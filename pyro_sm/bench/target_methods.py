@@ -532,7 +532,7 @@ _METHODS: tuple[Method, ...] = (
     Sampler("idem", InnerObjective(UnitWeights())),
     Sampler("forward-kl", PathObjective(plain=True)),
     Variational("reverse-kl", DiffusionGuideAtStart(), ElboLoss(), learning_rate=2e-3),
-    Variational("log-variance", DiffusionGuideAtStart(), LogVarianceLoss(), learning_rate=2e-3),
+    Variational("log-variance", DiffusionGuideAtStart(), LogVarianceLoss(), learning_rate=5e-4),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 """The methods by the names of the command line."""
