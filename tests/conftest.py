@@ -11,7 +11,6 @@ import pyro
 import pytest
 import torch
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # every core has a worker: what tests start must not take two
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -12,6 +12,8 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from pyro.infer import SVI
+from pyro.optim import SGD
 from torch import Tensor
 
 from pyro_sm.__main__ import main
@@ -24,6 +26,7 @@ from pyro_sm.objectives import MarginalWeights
 from pyro_sm.objectives.buffer import Buffer, damped_round
 from pyro_sm.objectives.score_matching import draw_step_noise
 from pyro_sm.sampling.defensive import WideComponent, draw_defensively
+from pyro_sm.sampling.diffusion import Diffusion
 from pyro_sm.targets import CoveringGaussian, DoubleWellParticles, HasDraws, UnequalModes
 
 BUDGET = 1024
@@ -118,6 +121,24 @@ def test_log_variance_is_zero_at_the_target_only(factor: float, learned: bool) -
     assert (value < 1e-6) == learned
     gradient = guide.network_weights.unconstrained().grad if not learned else None
     assert learned or (gradient is not None and float(gradient.abs().max()) > 1e-3)
+
+
+def test_log_variance_without_a_finite_draw_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one overflowing batch would leave a network of NaN."""
+    pyro.clear_param_store()
+    target = Normal(0.7)
+    model = factor_model(target.log_prob, 2)
+    guide = AutoDiffusion(model, base=GivenBase(*target.start))
+    svi = SVI(model, guide, SGD({"lr": 1e-3}), PathLogVariance(num_particles=8))
+    svi.step()
+    before = guide.network_weights.detach().clone()
+    monkeypatch.setattr(Diffusion, "draw", lambda self, n: (torch.full((n, 2), math.nan), torch.zeros(n)))
+    assert svi.step() == 0
+    torch.testing.assert_close(guide.network_weights.detach(), before)
+    monkeypatch.undo()
+    assert svi.step() > 0
+    assert bool(torch.isfinite(guide.network_weights).all())
+    assert not torch.equal(guide.network_weights.detach(), before)
 
 
 def test_unit_weights_are_marginal_weights_without_the_weight() -> None:

@@ -86,7 +86,7 @@ class PathLogVariance(ELBO):
             log_p = density.log_prob(z)
         seen = torch.isfinite(log_p)
         if int(seen.sum()) < 2:  # nothing to learn from: a NaN would end the training for good
-            return 0 * process.path_log_ratio(process.to_latent(torch.zeros_like(z[:1]))).sum()
+            return torch.zeros((), dtype=z.dtype, device=z.device, requires_grad=True)
         return (log_p[seen] + process.path_log_ratio(z[seen])).var()
 
     def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
