@@ -22,19 +22,23 @@ def machine() -> str:
     )
 
 
+def _whole_lines(path: Path) -> tuple[str, bool]:
+    """The text up to the last line break, and whether there is more: a row cut off by a machine that went down."""
+    whole, _, rest = path.read_text().rpartition("\n")
+    return whole, bool(rest)
+
+
 def read(path: Path | None) -> list[Row]:
-    """Rows of the file; a last one that was cut off, by a machine that went down, is taken out and run again."""
+    """Rows of the file, without a last one that was cut off; none if there is no file."""
     if path is None or not path.is_file():
         return []
-    text = path.read_text()
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        path.write_text(f"{whole}\n" if whole else "")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in _whole_lines(path)[0].splitlines()]
 
 
 def resumed(keys: Iterable[Row], measure: Callable[[Row], Row], out: Path | None) -> Iterator[Row]:
     """The row of every key in turn: from the file, or measured, and then added to it.
+
+    A row that was cut off is taken out first, and measured again.
 
     Args:
         keys: what tells a row from others; a row that has all of its key's entries is the one.
@@ -42,6 +46,10 @@ def resumed(keys: Iterable[Row], measure: Callable[[Row], Row], out: Path | None
         out: the file; None for none.
     """
     done = read(out)
+    if out is not None and out.is_file():
+        whole, cut_off = _whole_lines(out)
+        if cut_off:
+            out.write_text(f"{whole}\n" if whole else "")
     for key in keys:
         held = [row for row in done if key.items() <= row.items()]
         row = held[0] if held else measure(key)

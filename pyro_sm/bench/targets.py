@@ -25,7 +25,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_sm.bench.rows import machine
+from pyro_sm.bench.rows import Row, machine, read, resumed
 from pyro_sm.bench.target_methods import METHODS, Budget, Fit, Method
 from pyro_sm.density import value_and_score
 from pyro_sm.targets import (
@@ -208,7 +208,7 @@ def _weight_figures(target: Target, fit: Fit) -> dict[str, float]:
 class Judged(NamedTuple):
     """A row of the results, and the samples (n, d) that it is about; None if the method failed."""
 
-    row: dict[str, Any]
+    row: Row
     samples: Tensor | None
 
 
@@ -254,39 +254,35 @@ KEYS = ("target", "method", "seed", "evaluations", "draws")
 """What identifies a row."""
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file.
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results file; none if there is no file.
 
     Raises:
         ValueError: a line is not a row of these results.
     """
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            missing = [key for key in KEYS if key not in row]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"line {number} of '{path}' is not JSON: {error}") from error
+    try:
+        rows = read(path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a line of '{path}' is not JSON: {error}") from error
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in KEYS if key not in row]
         if missing:
             raise ValueError(f"line {number} of '{path}' is no row of bench targets: it lacks {', '.join(missing)}")
-        rows.append(row)
     return rows
 
 
-def draws_path(out: Path, row: dict[str, Any]) -> Path:
+def draws_path(out: Path, row: Row) -> Path:
     """Where up to 2000 of a row's draws are kept, beside the results."""
     name = "--".join(str(row[key]) for key in KEYS)
     return out.with_name(f"{out.stem}-draws") / f"{name}.npz"
 
 
-def _store(out: Path, judged: Judged) -> None:
-    """Draws first: a row that is in the file has them."""
+def _store_draws(out: Path, judged: Judged) -> None:
+    """Before its row, so that a row that is in the file has them."""
     if judged.samples is not None:
         path = draws_path(out, judged.row)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, samples=_some(judged.samples, _STORED).cpu().numpy())
-    with out.open("a") as stream:
-        stream.write(json.dumps(judged.row) + "\n")
 
 
 def reference_draws(folder: Path | None, name: str, target: Target) -> Tensor | None:
@@ -311,7 +307,7 @@ def reference_draws(folder: Path | None, name: str, target: Target) -> Tensor | 
     return _some(latents, len(latents))
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row in words, floors in brackets."""
     head = f"{row['target']}, {row['method']}, seed {row['seed']}"
     if "failed" in row:
@@ -363,23 +359,25 @@ def _notes(name: str, truth: Truth) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run what is asked for, a line as each ends."""
     _check(options)
+    read_rows(options.out)  # refuses a file of something else
     print(machine())
-    rows = read_rows(options.out) if options.out.is_file() else []
-    done = {tuple(row[key] for key in KEYS): row for row in rows}
     floors: dict[tuple[str, int], dict[str, float]] = {}
+    truths: dict[str, Truth] = {}
+
+    def keys() -> Iterator[Row]:
+        for name in options.targets:
+            target = TARGETS[name]()
+            truths[name] = Truth(target, reference_draws(options.references, name, target), options.particle_draws)
+            _notes(name, truths[name])
+            for seed in options.seeds:
+                for method in options.methods:
+                    yield dict(zip(KEYS, (name, method, seed, options.evaluations, options.draws), strict=True))
+
+    def measured(key: Row) -> Row:
+        judged = measure(key, truths[key["target"]], METHODS[key["method"]], floors)
+        _store_draws(options.out, judged)
+        return judged.row
+
     total = len(options.targets) * len(options.seeds) * len(options.methods)
-    count = 0
-    for name in options.targets:
-        target = TARGETS[name]()
-        truth = Truth(target, reference_draws(options.references, name, target), options.particle_draws)
-        _notes(name, truth)
-        for seed in options.seeds:
-            for method in options.methods:
-                count += 1
-                key = dict(zip(KEYS, (name, method, seed, options.evaluations, options.draws), strict=True))
-                held = done.get(tuple(key.values()))
-                if held is None:
-                    judged = measure(key, truth, METHODS[method], floors)
-                    _store(options.out, judged)
-                    held = judged.row
-                print(f"[{count}/{total}] {line(held)}", flush=True)
+    for count, row in enumerate(resumed(keys(), measured, options.out), 1):
+        print(f"[{count}/{total}] {line(row)}", flush=True)
