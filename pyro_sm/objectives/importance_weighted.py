@@ -188,7 +188,8 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     def _warn_of_many_latents(self, info: RoundInfo, dim: int) -> None:
         """After the first round: said at once, and not by the verdict after minutes of training."""
         settings = self.population or _POPULATION
-        if dim > settings.max_dim and info.khat >= settings.min_khat:
+        # One who always wants a population has not said that every base is hopeless.
+        if dim > settings.max_dim and info.khat >= max(settings.min_khat, _POPULATION.min_khat):
             warnings.warn(
                 f"the base is too far from the posterior to learn from: of {self.num_particles} weighted draws in "
                 f"{dim} latents a few carry all the weight (Pareto k̂ {info.khat:.1f}), and beyond "
