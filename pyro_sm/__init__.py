@@ -43,6 +43,7 @@ from pyro_sm.objectives.population import Population
 from pyro_sm.refine import Tempered, nuts_from_guide, temper_guide
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.sampling.defensive import PriorComponent, WideComponent
+from pyro_sm.sampling.heavy_tails import HeavyTails
 
 __all__ = [
     "AutoDiffusion",
@@ -58,6 +59,7 @@ __all__ = [
     "FisherDivergence",
     "GivenBase",
     "GuideBase",
+    "HeavyTails",
     "ImplicitScoreMatching",
     "ImportanceResampling",
     "ImportanceWeightedScoreMatching",

@@ -630,6 +630,7 @@ class DiffusionSampler:
             "num_steps": repr(self.guide.num_steps),
             "architecture": repr(self.guide.architecture),
             "network dtype": str(self.guide.network_dtype),
+            "heavy": repr(self.guide.heavy),
             "weighting": repr(objective.weighting),
             "wide": repr(objective.wide),
             "num_particles": repr(objective.num_particles),

@@ -48,6 +48,7 @@ from pyro_sm.noise import VE, Noise, ratio_levels
 from pyro_sm.sampling.defensive import Defence, default_defence, draw_defensively
 from pyro_sm.sampling.diffusion import Diffusion
 from pyro_sm.sampling.flow import FlowSolver
+from pyro_sm.sampling.heavy_tails import HeavyTails
 from pyro_sm.sampling.reverse import Kernels, gaussian_kernels
 
 Args = tuple[Any, ...]
@@ -100,6 +101,8 @@ class AutoDiffusion(AutoContinuous):
         network_dtype: of the network alone. Whatever the model's, float32 is good enough: kernels and weights are
             computed in the model's own dtype from what the network says, so that its rounding is part of the guide
             and not an error of its density. The probability flow's tolerances are bounded by it.
+        heavy: :class:`~pyro_sm.HeavyTails` of the kernels, for funnels given as a bare density and other
+            targets whose narrow parts are not found; None for Gaussian kernels.
         context: maps the model's ``*args, **kwargs`` to a context vector (C,) that the network is given.
         solver: tolerances of the probability flow, for ``get_posterior().log_prob`` of foreign values.
         init_loc_fn: as in Pyro's guides; used for the prototype trace only.
@@ -123,6 +126,7 @@ class AutoDiffusion(AutoContinuous):
         num_steps: int = 48,
         architecture: Architecture | None = None,
         network_dtype: torch.dtype = torch.float32,
+        heavy: HeavyTails | None = None,
         context: Callable[..., Tensor] | None = None,
         solver: FlowSolver | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median_or_origin,
@@ -142,6 +146,7 @@ class AutoDiffusion(AutoContinuous):
         self.num_steps = num_steps
         self.architecture = architecture or MLP()
         self.network_dtype = network_dtype
+        self.heavy = heavy
         self.context = context
         self.solver = solver or FlowSolver()
         self._cached_densities: Cache = ()
@@ -337,7 +342,7 @@ class AutoDiffusion(AutoContinuous):
         )
         network = self._network(self.network_weights)
         denoiser = Denoiser(network, self._context(args, kwargs or {}), self._anchor())
-        return Diffusion(denoiser, kernels, base_loc, self.base_scale_tril.tril(), self.solver)
+        return Diffusion(denoiser, kernels, base_loc, self.base_scale_tril.tril(), self.solver, self.heavy)
 
     @pyro_method
     def density(self, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> ModelDensity:

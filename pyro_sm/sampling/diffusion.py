@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_sm.denoiser import Denoiser, Regression
 from pyro_sm.sampling.flow import FlowSolver, ProbabilityFlow
+from pyro_sm.sampling.heavy_tails import HeavyTails
 from pyro_sm.sampling.levels import fit_levels
 from pyro_sm.sampling.reverse import Kernels, fit_kernels, path_log_ratio, sample_paths
 
@@ -31,6 +32,7 @@ class Diffusion:
         base_loc: (D,) ``m``.
         base_scale_tril: (D, D) ``L``, lower triangular.
         solver: for :meth:`log_prob`.
+        heavy: tails of the kernels that paths are drawn with; None for Gaussian ones.
     """
 
     denoiser: Denoiser
@@ -38,6 +40,7 @@ class Diffusion:
     base_loc: Tensor
     base_scale_tril: Tensor
     solver: FlowSolver = field(default_factory=FlowSolver)
+    heavy: HeavyTails | None = None
 
     @property
     def dim(self) -> int:
@@ -67,13 +70,16 @@ class Diffusion:
 
     def draw(self, num_draws: int) -> tuple[Tensor, Tensor]:
         """Draws ``z`` (N, D) and their path log ratio ``R`` (N,): ``E[exp(log p̃(z) + R)] = Z``."""
-        u, log_ratio = sample_paths(self.denoiser, self.kernels, self._noise(len(self.ratios), num_draws))
+        noise = self._noise(len(self.ratios), num_draws)
+        if self.heavy is not None:
+            noise = self.heavy.inflated(noise)
+        u, log_ratio = sample_paths(self.denoiser, self.kernels, noise, self.heavy)
         return self.to_latent(u), log_ratio + self.log_scale
 
     def path_log_ratio(self, z: Tensor) -> Tensor:
         """``R`` (N,) of a forward-noised path from each given latent ``z`` (N, D)."""
         noise = self._noise(len(self.ratios) - 1, z.shape[0])
-        return path_log_ratio(self.denoiser, self.kernels, self.to_white(z), noise) + self.log_scale
+        return path_log_ratio(self.denoiser, self.kernels, self.to_white(z), noise, self.heavy) + self.log_scale
 
     def fit(self, z: Tensor) -> Kernels:
         """Kernels refitted to equally weighted latents ``z`` (N, D): where they stand, then their moments."""

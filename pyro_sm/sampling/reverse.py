@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.denoiser import Denoiser
+from pyro_sm.sampling.heavy_tails import HeavyTails
 
 
 class Kernels(NamedTuple):
@@ -72,13 +73,16 @@ def _start_constant(kernels: Kernels) -> Tensor:
     return 2 * kernels.start_scale.log() + math.log(2 * math.pi)
 
 
-def sample_paths(denoiser: Denoiser, kernels: Kernels, noise: Tensor) -> tuple[Tensor, Tensor]:
+def sample_paths(
+    denoiser: Denoiser, kernels: Kernels, noise: Tensor, heavy: HeavyTails | None = None
+) -> tuple[Tensor, Tensor]:
     """Run the reverse kernels on given noise.
 
     Args:
         denoiser: the denoiser.
         kernels: the kernels.
         noise: (K+1, N, D) standard normal; ``noise[K]`` starts the paths, ``noise[k−1]`` makes ``y_{k−1}``.
+        heavy: the tails that the noise was drawn with, for the log ratio; None for Gaussian kernels.
 
     Returns:
         ``u`` (N, D), and the path log ratio ``R`` (N,) in nats. Differentiable in the network and the kernels.
@@ -95,10 +99,15 @@ def sample_paths(denoiser: Denoiser, kernels: Kernels, noise: Tensor) -> tuple[T
         forward = (y - new).square() / gaps[k - 1]
         twice = twice + (noise[k - 1].square() - forward + torch.log(variance / gaps[k - 1]))
         y = new
-    return y, 0.5 * twice.sum(-1)
+    log_ratio = 0.5 * twice.sum(-1)
+    if heavy is not None:
+        log_ratio = log_ratio - heavy.log_factor(heavy.log_sum(noise.square()), noise.shape[-1])
+    return y, log_ratio
 
 
-def path_log_ratio(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor) -> Tensor:
+def path_log_ratio(
+    denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor, heavy: HeavyTails | None = None
+) -> Tensor:
     """Log ratio ``R`` (N,) of forward-noised paths that start in given clean points.
 
     The other half of multiple importance sampling: what weight would the guide give to a path that ends in ``u``?
@@ -108,16 +117,25 @@ def path_log_ratio(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tenso
         kernels: the kernels.
         u: (N, D) clean points in whitened space, from any source.
         noise: (K, N, D) standard normal.
+        heavy: the tails of the reverse kernels; None for Gaussian ones.
     """
     gaps = _forward_variances(kernels)
     scales = torch.sqrt(gaps)
     y, twice = u, _start_constant(kernels)
+    log_sums = []
     for k in range(1, kernels.ratios.shape[0]):
         new = torch.addcmul(y, scales[k - 1], noise[k - 1])
         mean, variance = reverse_kernel(denoiser, kernels, new, k)
-        twice = twice + ((y - mean).square() / variance - noise[k - 1].square() + torch.log(variance / gaps[k - 1]))
+        square = (y - mean).square() / variance
+        if heavy is not None:
+            log_sums.append(heavy.log_sum(square))
+        twice = twice + (square - noise[k - 1].square() + torch.log(variance / gaps[k - 1]))
         y = new
-    return 0.5 * (twice + ((y - kernels.start_loc) / kernels.start_scale).square()).sum(-1)
+    square = ((y - kernels.start_loc) / kernels.start_scale).square()
+    log_ratio = 0.5 * (twice + square).sum(-1)
+    if heavy is not None:
+        log_ratio = log_ratio - heavy.log_factor(torch.stack([*log_sums, heavy.log_sum(square)]), u.shape[-1])
+    return log_ratio
 
 
 def fit_kernels(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor) -> Kernels:
