@@ -43,14 +43,17 @@ from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.model import ModelDensity
 from pyro_sm.nn.egnn import EGNN
 from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights, PathWeights
+from pyro_sm.objectives.population import Population
 from pyro_sm.objectives.score_matching import Weighting
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.targets import DoubleWellParticles, LennardJones, Target
 from pyro_sm.weights import evidence
 
 _STEPS = 100  # per round: the package's default
-_PARTICLE_STEPS = 300  # messages between particles are dear beside their energies
-_PARTICLE_KERNELS = 96
+# Messages between particles are dear beside their energies: more steps to a round, more moves of the population.
+_PARTICLE_STEPS = 300
+_DROPLET_MOVES = 10
+_PARTICLE_KERNELS, _DROPLET_KERNELS = 96, 64
 
 
 class Budget(NamedTuple):
@@ -171,7 +174,8 @@ def _guide(target: Target, model: Callable[[], None]) -> AutoDiffusion:
     if not _are_particles(target):
         return AutoDiffusion(model, base=base)
     network = EGNN(target.particles.num_particles, target.particles.space_dim)
-    return AutoDiffusion(model, base=base, architecture=network, num_steps=_PARTICLE_KERNELS)
+    num_steps = _DROPLET_KERNELS if isinstance(target, LennardJones) else _PARTICLE_KERNELS
+    return AutoDiffusion(model, base=base, architecture=network, num_steps=num_steps)
 
 
 def _resampled(draws: Draws, budget: Budget, seed: int) -> Tensor:
@@ -209,7 +213,8 @@ class PathObjective:
         """The objective, whatever the budget; with more steps to a round for particles."""
         steps = _PARTICLE_STEPS if _are_particles(target) else _STEPS
         if not self.plain:
-            return ImportanceWeightedScoreMatching(steps_per_round=steps)
+            population = Population(num_moves=_DROPLET_MOVES) if isinstance(target, LennardJones) else Population()
+            return ImportanceWeightedScoreMatching(steps_per_round=steps, population=population)
         # A share so small that γ = 1 always.
         return ImportanceWeightedScoreMatching(
             effective_share=1e-9, population=None, weighting=PathWeights(target_score=False), steps_per_round=steps
