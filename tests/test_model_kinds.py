@@ -767,7 +767,7 @@ def local_level_by_kalman(y):
 
 @pytest.mark.slow
 def test_a_thousand_latents_are_not_trusted():
-    """Weights in so many dimensions are useless, so is the evidence; it is said, within seconds, by three figures."""
+    """Weights in so many dimensions are useless, so is the evidence; it is said at once, and by three figures."""
     model, args, _ = local_level(1000)
     sampler = DiffusionSampler(
         model,
@@ -778,7 +778,8 @@ def test_a_thousand_latents_are_not_trusted():
         stopping=StoppingRule(max_evaluations=512),
         disable_progbar=True,
     )
-    sampler.run(*args)
+    with pytest.warns(PyroSMWarning, match="a few carry all the weight"):
+        sampler.run(*args)
     verdict = sampler.check(probe=None)
     assert abs(sampler.log_evidence - local_level_by_kalman(*args)) > 50
     assert verdict.level is Trust.DISTRUST
