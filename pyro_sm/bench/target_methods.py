@@ -281,16 +281,17 @@ class Sampler:
         draws = sampler.draws(budget.pool)
         note = f"{len(sampler.history)} rounds"
         # The sampler counts its final draws apart from training: one density each.
-        density = draws.z.shape[0]
+        drawn = Evaluations(draws.z.shape[0])
         if self.moves is None:
             samples = _resampled(draws, budget, seed)
         else:
             generator = torch.Generator().manual_seed(seed)
             moving = ModelDensity(model, ())
             moved = self.moves.run(moving, draws.z[DampedResampling().apply(draws, budget.draws, generator)])
-            samples, density = moved.z, density + moving.evaluations.density
+            samples, moves = moved.z, moving.evaluations
+            drawn = Evaluations(drawn.density + moves.density, moves.gradient)
             note += f", {self.moves.num_moves} moves of every draw, acceptance {moved.acceptance:.2f}"
-        drawing = meter.look(spent)._replace(density=density)
+        drawing = meter.look(spent)._replace(density=drawn.density, gradient=drawn.gradient)
         return _weighted_fit(samples, draws, training, drawing, note)
 
 
