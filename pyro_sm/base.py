@@ -134,11 +134,6 @@ class DiffusionProcess(Protocol):
         ...
 
     @property
-    def log_scale(self) -> Tensor:
-        """``log|det|`` of the map from whitened space to latents, ()."""
-        ...
-
-    @property
     def ratios(self) -> Tensor:
         """Noise-to-signal ratios ``0 = r_0 < … < r_K`` of the kernels, (K+1,)."""
         ...
@@ -159,8 +154,16 @@ class DiffusionProcess(Protocol):
         """Whitened points (B, D) as latents."""
         ...
 
-    def white_score(self, score: Tensor) -> Tensor:
-        """A score in latent space (B, D) as the score in whitened space."""
+    def covering(self) -> tuple[Tensor, Tensor]:
+        """Location (D,) and scale (D, D), lower triangular, of a normal law that reaches what the base reaches."""
+        ...
+
+    def log_det(self, u: Tensor) -> Tensor:
+        """``log|det ∂z/∂u|`` (B,) of the map from whitened points (B, D) to latents."""
+        ...
+
+    def white_score(self, u: Tensor, score: Tensor) -> Tensor:
+        """At whitened points (B, D), the score of their law, from the score (B, D) of the latents' law there."""
         ...
 
     def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,6 +196,11 @@ class DiffusionGuide(Protocol):
 
         ``group`` (N,): which mode each belongs to, if that is known.
         """
+        ...
+
+    def straighten(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, begin: bool) -> bool:
+        """Change to coordinates in which no latent drives the scale of another, if equally weighted latents (N, D)
+        show that some do; whether anything was changed. ``begin``: not only if some such coordinates are in use."""
         ...
 
 

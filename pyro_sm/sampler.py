@@ -45,7 +45,7 @@ from pyro_sm.diagnostics.check import (
     training_findings,
 )
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
-from pyro_sm.diagnostics.probe import Probe, Probed, process_base, process_log_weight, start_for
+from pyro_sm.diagnostics.probe import Probe, Probed, process_log_weight, start_for
 from pyro_sm.diagnostics.summary import summary_table
 from pyro_sm.diagnostics.verdict import Findings, Thresholds, Verdict, judge
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
@@ -564,7 +564,7 @@ class DiffusionSampler:
             if isinstance(probe, Probe):
                 if self.probed is None or self._probe_settings != probe:
                     with probe_progress(self.disable_progbar) as report:
-                        start = start_for(density, lambda: process_base(processes[0]))
+                        start = start_for(density, processes[0].covering)
                         self.probed = look_elsewhere(probe, density, start, pool.log_weight, thresholds, report)
                     self._probe_settings = probe
                 probe = self.probed

@@ -29,9 +29,12 @@ def process_of(denoiser, **kernels):
 
 def density_of(process, law):
     """``Z`` times the law, given in whitened space, as a density of latents."""
-    return FunctionDensity(
-        lambda z: LOG_Z + law.log_prob(process.to_white(z)) - process.log_scale, 2, dtype=torch.float64
-    )
+
+    def log_prob(z):
+        u = process.to_white(z)
+        return LOG_Z + law.log_prob(u) - process.log_det(u)
+
+    return FunctionDensity(log_prob, 2, dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------- exact
@@ -200,7 +203,7 @@ def test_the_wide_component_recovers_a_lost_mode():
     mass = float(torch.softmax(draws.log_weight, 0)[second].sum())
     assert mass == pytest.approx(LOST, abs=0.03)
     # Weights that forget who drew are wrong: wide draws weighted as the guide's own, or everything as one or other.
-    log_wide = WideComponent(0.2, 1.5).log_prob_white(u) - process.log_scale
+    log_wide = WideComponent(0.2, 1.5).log_prob_white(u) - process.log_det(u)
     wrong = torch.where(torch.arange(40_000) < num_guide, draws.log_weight, draws.log_p - log_wide)
     assert abs(evidence(wrong).log_evidence - LOG_Z) > 5 * evidence(wrong).log_evidence_se
 
@@ -234,5 +237,5 @@ def test_the_evidence_is_unbiased_for_a_random_guide_too():
     log_p = density.log_prob(z)
     weight = mixture_log_weight(log_p, log_ratio, log_wide, 0.4)
     torch.testing.assert_close(draws.log_weight, weight, rtol=1e-9, atol=1e-9)
-    wrong = evidence(mixture_log_weight(log_p, log_ratio, log_wide + process.log_scale, 0.4))
+    wrong = evidence(mixture_log_weight(log_p, log_ratio, log_wide + process.log_det(z), 0.4))
     assert abs(wrong.log_evidence - LOG_Z) > 10 * wrong.log_evidence_se

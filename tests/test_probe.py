@@ -18,7 +18,6 @@ from pyro_sm.density import FunctionDensity
 from pyro_sm.diagnostics import Probe, Probed
 from pyro_sm.diagnostics.probe import (
     effective_particles,
-    process_base,
     process_log_weight,
     start_for,
     unknown_share,
@@ -162,7 +161,7 @@ def test_the_start_is_the_prior_where_there_is_one():
 
 def test_the_base_of_a_process():
     process = process_of(Denoiser(random_network(2, 0.3)))
-    loc, scale = process_base(process)
+    loc, scale = process.covering()
     u = torch.randn(5, 2, dtype=torch.float64)
     torch.testing.assert_close(process.to_latent(u), loc + u @ scale.T)
     assert torch.equal(scale, scale.tril())

@@ -135,13 +135,6 @@ def start_for(density: Density, base: Callable[[], tuple[Tensor, Tensor]]) -> St
     return widened(*base())
 
 
-def process_base(process: DiffusionProcess) -> tuple[Tensor, Tensor]:
-    """Location (D,) and scale (D, D), lower triangular, of a diffusion's base."""
-    eye = torch.eye(process.dim, dtype=process.ratios.dtype, device=process.ratios.device)
-    loc = process.to_latent(torch.zeros_like(eye[:1]))[0]
-    return loc, (process.to_latent(eye) - loc).T.contiguous()
-
-
 @torch.no_grad()
 def process_log_weight(
     process: DiffusionProcess, density: Density, defence: Defence | None, z: Tensor, log_p: Tensor

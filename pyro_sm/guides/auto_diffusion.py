@@ -9,7 +9,8 @@ All parameters live in the param store under the guide's name, so that ``param_s
 ``network_weights`` (the whole network as one vector: one store access per call), ``base_loc``, ``base_scale_tril``,
 ``start_loc``, ``log_start_scale``, ``log_variance_factor`` and ``ratios``. A reverse-KL objective (``Trace_ELBO``)
 trains all but the last by gradient; score matching trains the network, and refits the last four. A guide that was
-moved to several modes (:meth:`AutoDiffusion.rebase`) also has an ``anchor_…``, which nothing trains.
+moved to several modes (:meth:`AutoDiffusion.rebase`) also has an ``anchor_…``, and one that has straightened a funnel
+(:meth:`AutoDiffusion.straighten`) a ``coupling_…``, which nothing trains.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_sm.anchor import Anchor, fit_anchor
 from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
+from pyro_sm.coupling import Coupling, entropy, fit_coupling
 from pyro_sm.denoiser import Denoiser
 from pyro_sm.guides.bases import Base, PriorBase, fits, moments_of
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
@@ -64,6 +66,10 @@ _PARAMETERS = (
 )
 # There only after a rebase to several modes, in the order of Anchor's fields.
 _ANCHOR = ("anchor_log_weight", "anchor_loc", "anchor_values", "anchor_vectors")
+# There only after latents were found that drive the scales of others, in the order of Coupling's fields.
+_COUPLING = ("coupling_centre", "coupling_shift", "coupling_log_scale")
+_OPTIONAL = (*_ANCHOR, *_COUPLING)
+_BETTER_COUPLING = 0.1  # nats per draw that another one must save: several times the noise of some thousand draws
 # Which guide a store entry belongs to: Pyro hands a second guide of the same name the first one's tensors silently.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -273,7 +279,7 @@ class AutoDiffusion(AutoContinuous):
     def release(self) -> None:
         """Take this guide's parameters out of the param store, so that another guide may have the names."""
         store = pyro.get_param_store()
-        for name in (*_PARAMETERS, *_ANCHOR):
+        for name in (*_PARAMETERS, *_OPTIONAL):
             full_name = f"{self._pyro_name}.{name}"
             mine = self._parameters.get(f"{name}_unconstrained")
             if mine is not None and full_name in store and store._params[full_name] is mine:
@@ -342,7 +348,8 @@ class AutoDiffusion(AutoContinuous):
         )
         network = self._network(self.network_weights)
         denoiser = Denoiser(network, self._context(args, kwargs or {}), self._anchor())
-        return Diffusion(denoiser, kernels, base_loc, self.base_scale_tril.tril(), self.solver, self.heavy)
+        scale_tril, coupling = self.base_scale_tril.tril(), self._coupling()
+        return Diffusion(denoiser, kernels, base_loc, scale_tril, self.solver, self.heavy, coupling)
 
     @pyro_method
     def density(self, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> ModelDensity:
@@ -391,37 +398,86 @@ class AutoDiffusion(AutoContinuous):
             learned = self._network(self.network_weights)(z[:8], level, process.denoiser.context)
             if bool((learned != 0).any()):
                 return False
-            if not fits(process.to_white(z)):
-                loc, scale_tril = moments_of(z, isotropic=self.architecture.isotropic)
-                kernels = gaussian_kernels(process.ratios, process.dim)
-                self.base_loc.copy_(loc)
-                self.base_scale_tril.copy_(scale_tril)
-                self.start_loc.copy_(kernels.start_loc)
-                self.log_start_scale.copy_(kernels.start_scale.log())
-                self.log_variance_factor.copy_(kernels.variance_factor.log())
-            self._drop_anchor()
-            if group is not None and not self.architecture.isotropic:
+            groups = group is not None and not self.architecture.isotropic
+            coupling = None if groups or self.architecture.isotropic else fit_coupling(z)
+            if coupling is not None or not fits(process.to_white(z)):
+                self._move_base(z, coupling)
+            self._drop(_ANCHOR)
+            if group is not None and groups:
                 anchor = fit_anchor(self.diffusion(args, kwargs).to_white(z), group)
                 if anchor is not None:
                     self._register(dict(zip(_ANCHOR, anchor, strict=True)))
         return True
 
-    def _drop_anchor(self) -> None:
+    @pyro_method
+    def straighten(self, z: Tensor, args: Args = (), kwargs: Kwargs | None = None, *, begin: bool = True) -> bool:
+        """Straighten what equally weighted latents ``z`` (N, D) show to be a funnel; whether anything was changed.
+
+        They do where some of them drive the scales of others (:mod:`pyro_sm.coupling`), by so much that a Gaussian
+        loses a nat a draw by it. What the network has learned is then lost: it was about other coordinates. A
+        coupling that is in use follows the draws; what the network has learned is then kept, being nearly right.
+
+        Args:
+            z: the latents.
+            args: of the model.
+            kwargs: of the model.
+            begin: whether to do so where no coupling is in use.
+        """
+        held = self._coupling()
+        if self.architecture.isotropic or self._anchor() is not None or (held is None and not begin):
+            return False
+        with torch.no_grad():
+            coupling = fit_coupling(z)
+            if coupling is None:
+                return False
+            if held is not None and not entropy(z, coupling) < entropy(z, held) - _BETTER_COUPLING:
+                return False
+            self._move_base(z, coupling)
+            known = held is not None and torch.equal(held.drivers(), coupling.drivers())
+            if not known and self._dimensions is not None:
+                weights = torch.cat([p.reshape(-1) for p in self._build(*self._dimensions).parameters()])
+                self.network_weights.copy_(weights)
+        return True
+
+    def _move_base(self, z: Tensor, coupling: Coupling | None) -> None:
+        """The base to the moments of equally weighted latents ``z`` (N, D), straightened; kernels as at first."""
+        if coupling is not None:
+            self._drop(_COUPLING)
+            self._register(dict(zip(_COUPLING, coupling, strict=True)))
+            z = coupling.straighten(z)
+        loc, scale_tril = moments_of(z, isotropic=self.architecture.isotropic)
+        kernels = gaussian_kernels(self.ratios, len(loc))
+        self.base_loc.copy_(loc)
+        self.base_scale_tril.copy_(scale_tril)
+        self.start_loc.copy_(kernels.start_loc)
+        self.log_start_scale.copy_(kernels.start_scale.log())
+        self.log_variance_factor.copy_(kernels.variance_factor.log())
+
+    def _drop(self, names: tuple[str, ...]) -> None:
         store = pyro.get_param_store()
-        for name in _ANCHOR:
+        for name in names:
             if name in self._pyro_params:
                 if f"{self._pyro_name}.{name}" in store:
                     del store[f"{self._pyro_name}.{name}"]
                 delattr(self, name)
 
-    def _anchor(self) -> Anchor | None:
-        if _ANCHOR[0] not in self._pyro_params:
+    def _optional(self, names: tuple[str, ...]) -> tuple[Tensor, ...] | None:
+        """Parameters that are not always there."""
+        if names[0] not in self._pyro_params:
             store = pyro.get_param_store()
-            held = {name: f"{self._pyro_name}.{name}" for name in _ANCHOR}
+            held = {name: f"{self._pyro_name}.{name}" for name in names}
             if not all(full_name in store for full_name in held.values()):
                 return None
             self._register({name: store[full_name] for name, full_name in held.items()})  # a store that was loaded
-        return Anchor(*(getattr(self, name).detach() for name in _ANCHOR))
+        return tuple(getattr(self, name).detach() for name in names)
+
+    def _anchor(self) -> Anchor | None:
+        held = self._optional(_ANCHOR)
+        return None if held is None else Anchor(*held)
+
+    def _coupling(self) -> Coupling | None:
+        held = self._optional(_COUPLING)
+        return None if held is None else Coupling(*held)
 
     def draw_weighted(
         self,
@@ -518,10 +574,10 @@ class AutoDiffusion(AutoContinuous):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As in torch; on a guide that was never called, the parameters are created from the state's shapes.
 
-        So is an anchor, and one that the state has not is dropped.
+        So are an anchor and a coupling, and what the state has not is dropped.
         """
-        self._drop_anchor()
-        for name in _ANCHOR:
+        self._drop(_OPTIONAL)
+        for name in _OPTIONAL:
             if f"{name}_unconstrained" in state_dict:
                 value = state_dict[f"{name}_unconstrained"].detach().clone()
                 setattr(self, name, PyroParam(value, constraints.real))

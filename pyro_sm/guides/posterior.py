@@ -74,12 +74,13 @@ class FlowTransform(Transform):
     def _call(self, x: Tensor) -> Tensor:
         u, log_det = self.diffusion.flow().from_noise(x.reshape(-1, self.diffusion.dim))
         z = self.diffusion.to_latent(u).reshape(x.shape)
-        self._log_det = (z, (log_det + self.diffusion.log_scale).reshape(x.shape[:-1]))
+        self._log_det = (z, (log_det + self.diffusion.log_det(u)).reshape(x.shape[:-1]))
         return z
 
     def _inverse(self, y: Tensor) -> Tensor:
-        x, log_det = self.diffusion.flow().to_noise(self.diffusion.to_white(y.reshape(-1, self.diffusion.dim)))
-        self._log_det = (y, (self.diffusion.log_scale - log_det).reshape(y.shape[:-1]))
+        u = self.diffusion.to_white(y.reshape(-1, self.diffusion.dim))
+        x, log_det = self.diffusion.flow().to_noise(u)
+        self._log_det = (y, (self.diffusion.log_det(u) - log_det).reshape(y.shape[:-1]))
         return x.reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from pyro_sm.sampling.defensive import Defence, draw_defensively
 from pyro_sm.weights import resample
 
 _POPULATION = Population()
+_STRAIGHTENING = range(2, 9)  # rounds: before, there is little to see; after, too much to lose
 
 
 class TrainingState(NamedTuple):
@@ -155,12 +156,17 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             return damped_round(draws, num_guide, self.effective_share)
 
     def refit(self, guide: DiffusionGuide, args: Args, kwargs: Kwargs) -> None:
-        """Refit the guide's kernels to the buffer, resampled by its weights."""
-        buffer = self.state.buffer
+        """Refit the guide's coordinates and kernels to the buffer, resampled by its weights.
+
+        A funnel is straightened if the first rounds show one, and followed from then on.
+        """
+        buffer, rounds = self.state.buffer, len(self.state.history)
         if buffer.rounds:
             with torch.no_grad(), poutine.block():
                 index = resample(buffer.weights().log(), min(2048, self.num_particles * len(buffer.rounds)))
-                guide.refit(buffer.latents()[index], args, kwargs)
+                z = buffer.latents()[index]
+                guide.straighten(z, args, kwargs, begin=rounds in _STRAIGHTENING)
+                guide.refit(z, args, kwargs)
 
     def _populate(
         self, guide: DiffusionGuide, new: Round, density: Density, args: Args, kwargs: Kwargs

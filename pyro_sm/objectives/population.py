@@ -193,6 +193,4 @@ def as_round(particles: Particles) -> Round:
 def _start(process: DiffusionProcess, density: Density) -> Start:
     if isinstance(density, HasPrior) and density.has_prior:
         return PriorStart(density)
-    eye = torch.eye(process.dim, dtype=process.ratios.dtype, device=process.ratios.device)
-    loc = process.to_latent(torch.zeros_like(eye[:1]))[0]
-    return GaussianDensity(loc, (process.to_latent(eye) - loc).T.contiguous())
+    return GaussianDensity(*process.covering())

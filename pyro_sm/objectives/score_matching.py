@@ -144,7 +144,7 @@ class Lessons(NamedTuple):
 def lessons(process: DiffusionProcess, buffer: Buffer, *, with_score: bool) -> Lessons:
     """All that does not change from step to step; made at every call, at a cost of ``O(M D²)``."""
     weight, u = buffer.weights(), process.to_white(buffer.latents())
-    score = process.white_score(buffer.scores()) if with_score else None
+    score = process.white_score(u, buffer.scores()) if with_score else None
     information = None if score is None else fisher_information(score, weight)
     return Lessons(weight, u, None if information is None else score, information)
 
@@ -218,8 +218,8 @@ def marginal_estimate(
     num_inner, batch, dim = inner.shape
     points = (y + r[:, None] * inner).reshape(-1, dim)
     log_p, score = density.log_prob_and_score(process.to_latent(points))
-    log_p = log_p.reshape(num_inner, batch)
-    score = torch.nan_to_num(process.white_score(score)).reshape(num_inner, batch, dim)
+    log_p = (log_p + process.log_det(points)).reshape(num_inner, batch)
+    score = torch.nan_to_num(process.white_score(points, score)).reshape(num_inner, batch, dim)
     share = torch.nan_to_num(torch.softmax(log_p, 0))
     return MarginalEstimate(torch.logsumexp(log_p, 0) - math.log(num_inner), (share[..., None] * score).sum(0))
 

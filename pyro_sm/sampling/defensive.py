@@ -87,7 +87,7 @@ class PriorComponent:
 
 @dataclass(frozen=True)
 class WideComponent:
-    """``b = N(m, (scale·L)(scale·L)ᵀ)`` around the guide's base, and its share ρ of the draws.
+    """``b = N(m, (scale·L)(scale·L)ᵀ)`` around the guide's base, bent as it is, and its share ρ of the draws.
 
     Args:
         share: ρ in [0, 1).
@@ -118,7 +118,8 @@ class WideComponent:
 
     def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
         """Log density of the widened base."""
-        return self.log_prob_white(process.to_white(z)) - process.log_scale
+        u = process.to_white(z)
+        return self.log_prob_white(u) - process.log_det(u)
 
 
 def default_defence(density: Density) -> Defence:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""A diffusion sampler in latent space: Gaussian base, denoiser and kernels together, in plain torch.
 
-Latents ``z = m + L u`` are whitened by the base ``N(m, L Lᵀ)``; everything else happens in ``u``. Log ratios and
-densities are handed out for ``z``, so ``log|det L|`` is already in them: ``log w = log p̃(z) + R``.
+Latents ``z = m + L u`` are whitened by the base ``N(m, L Lᵀ)``; everything else happens in ``u``. Where latents drive
+the scales of others, a coupling bends what the base gives: ``z = T(m + L u)`` (``pyro_sm/coupling.py``). Log ratios
+and densities are handed out for ``z``, so ``log|det ∂z/∂u|`` is already in them: ``log w = log p̃(z) + R``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_sm.coupling import Coupling
 from pyro_sm.denoiser import Denoiser, Regression
 from pyro_sm.sampling.flow import FlowSolver, ProbabilityFlow
 from pyro_sm.sampling.heavy_tails import HeavyTails
@@ -20,6 +22,8 @@ from pyro_sm.sampling.reverse import Kernels, fit_kernels, path_log_ratio, sampl
 
 _LEVEL_DRAWS = 1024  # levels need fewer than moments do, and look at many more places
 _LEVEL_NUMBERS = 65_536  # and fewer yet of many latents: their costs are added up
+
+_COVERING_DRAWS = 8192
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Diffusion:
         base_scale_tril: (D, D) ``L``, lower triangular.
         solver: for :meth:`log_prob`.
         heavy: tails of the kernels that paths are drawn with; None for Gaussian ones.
+        coupling: ``T``; None for the identity.
     """
 
     denoiser: Denoiser
@@ -41,6 +46,7 @@ class Diffusion:
     base_scale_tril: Tensor
     solver: FlowSolver = field(default_factory=FlowSolver)
     heavy: HeavyTails | None = None
+    coupling: Coupling | None = None
 
     @property
     def dim(self) -> int:
@@ -52,18 +58,36 @@ class Diffusion:
         """Noise-to-signal ratios of the kernels, (K+1,), the first of them 0."""
         return self.kernels.ratios
 
-    @property
-    def log_scale(self) -> Tensor:
-        """``log|det L|``, in nats."""
-        return self.base_scale_tril.diagonal().abs().log().sum()
-
-    def to_latent(self, u: Tensor) -> Tensor:
+    def _straight(self, u: Tensor) -> Tensor:
         """``m + L u``; (..., D) to (..., D)."""
         return self.base_loc + u @ self.base_scale_tril.T
 
+    def log_det(self, u: Tensor) -> Tensor:
+        """``log|det ∂z/∂u|`` (B,) at whitened points ``u`` (B, D), in nats."""
+        constant = self.base_scale_tril.diagonal().abs().log().sum()
+        if self.coupling is None:
+            return constant.expand(u.shape[0])
+        return constant + self.coupling.log_det(self._straight(u))
+
+    def to_latent(self, u: Tensor) -> Tensor:
+        """``T(m + L u)``; (..., D) to (..., D)."""
+        straight = self._straight(u)
+        return straight if self.coupling is None else self.coupling.bend(straight)
+
     def to_white(self, z: Tensor) -> Tensor:
-        """``L⁻¹ (z − m)``; (B, D) to (B, D)."""
-        return torch.linalg.solve_triangular(self.base_scale_tril, (z - self.base_loc).T, upper=False).T
+        """``L⁻¹ (T⁻¹(z) − m)``; (B, D) to (B, D)."""
+        straight = z if self.coupling is None else self.coupling.straighten(z)
+        return torch.linalg.solve_triangular(self.base_scale_tril, (straight - self.base_loc).T, upper=False).T
+
+    def covering(self) -> tuple[Tensor, Tensor]:
+        """Location (D,) and scale (D, D), lower triangular, of the base; bent, of the normal law with its moments."""
+        if self.coupling is None:
+            return self.base_loc, self.base_scale_tril
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(_COVERING_DRAWS, self.dim, generator=generator, dtype=torch.float64)
+        z = self.to_latent(noise.to(self.base_loc)).double()
+        tril = torch.linalg.cholesky(torch.atleast_2d(torch.cov(z.T)))
+        return z.mean(0).to(self.base_loc), tril.to(self.base_loc)
 
     def _noise(self, levels: int, num_draws: int) -> Tensor:
         return torch.randn(levels, num_draws, self.dim, dtype=self.base_loc.dtype, device=self.base_loc.device)
@@ -74,12 +98,13 @@ class Diffusion:
         if self.heavy is not None:
             noise = self.heavy.inflated(noise)
         u, log_ratio = sample_paths(self.denoiser, self.kernels, noise, self.heavy)
-        return self.to_latent(u), log_ratio + self.log_scale
+        return self.to_latent(u), log_ratio + self.log_det(u)
 
     def path_log_ratio(self, z: Tensor) -> Tensor:
         """``R`` (N,) of a forward-noised path from each given latent ``z`` (N, D)."""
         noise = self._noise(len(self.ratios) - 1, z.shape[0])
-        return path_log_ratio(self.denoiser, self.kernels, self.to_white(z), noise, self.heavy) + self.log_scale
+        u = self.to_white(z)
+        return path_log_ratio(self.denoiser, self.kernels, u, noise, self.heavy) + self.log_det(u)
 
     def fit(self, z: Tensor) -> Kernels:
         """Kernels refitted to equally weighted latents ``z`` (N, D): where they stand, then their moments."""
@@ -89,8 +114,10 @@ class Diffusion:
         ratios = fit_levels(self.denoiser, self.kernels.ratios, u[some], noise[some])
         return fit_kernels(self.denoiser, self.kernels._replace(ratios=ratios), u, noise)
 
-    def white_score(self, score: Tensor) -> Tensor:
-        """``Lᵀ ∇_z log p = ∇_u log p``; (B, D) to (B, D)."""
+    def white_score(self, u: Tensor, score: Tensor) -> Tensor:
+        """``∇_u [log p(z(u)) + log|det ∂z/∂u|]`` (B, D) at ``u`` (B, D), from ``score = ∇_z log p`` (B, D)."""
+        if self.coupling is not None:
+            score = self.coupling.straight_score(self._straight(u), score)
         return score @ self.base_scale_tril
 
     def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> Regression:
@@ -103,9 +130,5 @@ class Diffusion:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log q(z)`` (B,) in nats, by the probability flow; ``z``: (B, D)."""
-        return self.flow().log_prob(self.to_white(z)) - self.log_scale
-
-    def score(self, z: Tensor, ratio: Tensor) -> Tensor:
-        """Score in latent space (B, D) of the density noised by ``ratio · L ε``; ``ratio``: () or (B,) > 0."""
-        white = self.denoiser.score(self.to_white(z), ratio)
-        return torch.linalg.solve_triangular(self.base_scale_tril.T, white.T, upper=True).T
+        u = self.to_white(z)
+        return self.flow().log_prob(u) - self.log_det(u)
