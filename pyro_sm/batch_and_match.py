@@ -40,6 +40,8 @@ from pyro_sm.base import Density
 from pyro_sm.laplace import laplace
 
 _PATCH_STEPS = 20
+_REST, _MISSES = 0.05, 3  # nats of ELBO that are none, and how often in a row
+_LOWEST_RATE = 1e-4
 _UNSETTLED = 10.0  # times D; see batch_and_match
 
 
@@ -328,3 +330,39 @@ def batch_and_match(
             "start; give another start, or use PriorBase()"
         )
     return BatchAndMatchFit(gaussian, fisher, elbo, skipped)
+
+
+def match_to_rest(density: Density, start: Gaussian, *, batch_size: int, max_batches: int = 100) -> Gaussian:
+    """The Gaussian, from ``start``, whose ELBO large batches do not raise any more; for hundreds of latents.
+
+    With more draws than latents a batch knows all of the covariance, and the learning rate may be so large that the
+    new Gaussian is the one that matches the batch, in some ten batches at the fixed point, whose ``log p̃ − log q``
+    hardly varies. From far off that overshoots: an update that lowers the ELBO is taken back, and tried again from
+    the same batch at a tenth of the rate.
+
+    Args:
+        density: evaluated at ``batch_size`` draws, and their scores, per batch.
+        start: float64.
+        batch_size: draws per batch; several times D.
+        max_batches: evaluated at most.
+    """
+    highest_rate = rate = float(batch_size * len(start.loc))
+    gaussian, batch = start, _scored(density, start, batch_size)
+    elbo, misses = float(batch.log_ratio.mean()), 0
+    for _ in range(max_batches):
+        try:
+            tried = batch_and_match_update(gaussian, batch.z, batch.score, rate)
+            scored = _scored(density, tried, batch_size)
+        except torch.linalg.LinAlgError:
+            rate /= 10
+            continue
+        # Draws without a density would flatter the mean of those that have one.
+        gain = float(scored.log_ratio.mean()) - elbo if len(scored.z) >= len(batch.z) else -math.inf
+        if gain > -_REST:
+            gaussian, batch, elbo, rate = tried, scored, elbo + gain, min(10 * rate, highest_rate)
+        else:
+            rate /= 10
+        misses = misses + 1 if abs(gain) < _REST else 0
+        if misses == _MISSES or rate < _LOWEST_RATE:
+            break
+    return gaussian

@@ -17,6 +17,7 @@ from pyro_sm.batch_and_match import (
     batch_and_match,
     batch_and_match_update,
     low_rank_update,
+    match_to_rest,
     patch,
     start_at_mode,
 )
@@ -398,3 +399,72 @@ def test_the_start_stays_where_there_is_no_mode():
     density = FunctionDensity(neck, 9, dtype=torch.float64)
     start = Gaussian(torch.zeros(9).double(), torch.eye(9).double())
     assert start_at_mode(density, start) is start
+
+
+# ------------------------------------------------------------------------------------------- large batches
+
+
+def far_start(dim):
+    return Gaussian(torch.full((dim,), 3.0, dtype=torch.float64), 25 * torch.eye(dim, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dim", [1, 5, 80])
+def test_large_batches_are_at_rest_at_the_target(dim):
+    """Exactly, in a few of them: with more draws than latents the noise of draws and scores cancels."""
+    wanted = low_rank_target(dim, 2)
+    density = low_rank_density(wanted)
+    found = match_to_rest(density, far_start(dim), batch_size=4 * dim + 8)
+    scale = wanted.covariance.diagonal().sqrt()
+    assert float(((found.loc - wanted.loc) / scale).abs().max()) < 0.02
+    assert float(((found.covariance - wanted.covariance) / torch.outer(scale, scale)).abs().max()) < 0.05
+    z = found.draws(500)
+    log_ratio = density.log_prob(z) - found.log_prob_and_score(z)[0]
+    assert float(log_ratio.std()) < 0.1
+    # As many draws have moments that are off by nats.
+    z = wanted.draws(4 * dim + 8)
+    if dim == 80:
+        moments = Gaussian(z.mean(0), torch.cov(z.T))
+        z = moments.draws(500)
+        assert float((density.log_prob(z) - moments.log_prob_and_score(z)[0]).mean()) < -3
+
+
+def test_an_update_that_lowers_the_elbo_is_taken_back(monkeypatch):
+    """As if every step at a rate above 50 went far too far; smaller ones are tried from the same batch."""
+    wanted = low_rank_target(5, 2)
+    density, rates = low_rank_density(wanted), []
+
+    def overshooting(gaussian, z, score, rate):
+        rates.append((rate, float(z[0, 0])))
+        moved = batch_and_match_update(gaussian, z, score, rate)
+        return moved if rate < 50 else moved._replace(loc=moved.loc + 100)
+
+    monkeypatch.setattr("pyro_sm.batch_and_match.batch_and_match_update", overshooting)
+    found = match_to_rest(density, far_start(5), batch_size=40)
+    scale = wanted.covariance.diagonal().sqrt()
+    assert float(((found.loc - wanted.loc) / scale).abs().max()) < 0.05
+    assert rates[0][0] == 200
+    assert rates[1] == (20, rates[0][1])
+
+
+def test_rows_without_a_density_are_no_gain():
+    """Of a law that is cut off at zero: a Gaussian across the edge would have the better of what is left of it."""
+
+    def cut(z):
+        return torch.where((z > 0).all(-1), -0.5 * (z - 4).square().sum(-1), -math.inf)
+
+    density = FunctionDensity(cut, 3, dtype=torch.float64)
+    begun = Gaussian(torch.full((3,), 5.0, dtype=torch.float64), 0.3 * torch.eye(3, dtype=torch.float64))
+    found = match_to_rest(density, begun, batch_size=64)
+    assert bool(torch.isfinite(density.log_prob(found.draws(200))).float().mean() > 0.97)
+    torch.testing.assert_close(found.loc, torch.full((3,), 4.0, dtype=torch.float64), rtol=0, atol=0.2)
+
+
+def test_large_batches_are_bounded_and_counted():
+    density = low_rank_density(low_rank_target(4, 1))
+    calls, real = [], density.log_prob_and_score
+    density.log_prob_and_score = lambda z: (calls.append(len(z)), real(z))[1]
+    match_to_rest(density, far_start(4), batch_size=30, max_batches=3)
+    assert calls == [30] * 4
+    calls.clear()
+    match_to_rest(density, far_start(4), batch_size=30)
+    assert len(calls) < 20

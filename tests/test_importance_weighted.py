@@ -263,6 +263,31 @@ def test_refit_follows_the_rounds():
     assert bool((guide.log_variance_factor_unconstrained != 0).all())
 
 
+def test_a_coupling_may_begin_in_the_early_rounds_only(monkeypatch):
+    """And is offered the buffer, resampled by its weights, before the kernels are refitted."""
+    svi, _, objective = make_svi(steps_per_round=1)
+    calls, real = [], AutoDiffusion.refit
+
+    def straighten(self, z, args=(), kwargs=None, *, begin=True):
+        buffer = objective.state.buffer
+        assert bool(torch.isin(z[:, 0], buffer.latents()[:, 0][buffer.weights() > 0]).all())
+        calls.append((len(objective.history), begin, len(z)))
+        return False
+
+    def refit(self, z, args=(), kwargs=None):
+        calls.append(len(z))
+        real(self, z, args, kwargs)
+
+    monkeypatch.setattr(AutoDiffusion, "straighten", straighten)
+    monkeypatch.setattr(AutoDiffusion, "refit", refit)
+    for _ in range(16):
+        svi.step(DATA)
+    asked, refitted = calls[::2], calls[1::2]
+    assert [rounds for rounds, _, _ in asked] == list(range(1, 16))
+    assert [rounds for rounds, begin, _ in asked if begin] == list(range(2, 13))
+    assert [size for _, _, size in asked] == refitted
+
+
 def test_score_matching_leaves_the_base_alone_path_weights():
     check_base_is_left_alone(PathWeights())
 

@@ -25,6 +25,7 @@ from test_denoiser import gauss_hermite
 from pyro_sm import (
     AutoDiffusion,
     BatchAndMatch,
+    BatchAndMatchBase,
     DiffusionSampler,
     GivenBase,
     GuideBase,
@@ -383,3 +384,53 @@ def test_from_an_elbo_to_a_sampler_of_many_latents(float64):
     assert sampler.khat < 0.7
     assert sampler.ess > 0.5
     assert abs(sampler.log_evidence) < 5 * sampler.log_evidence_se + 0.02
+
+
+# ------------------------------------------------------------------------------ many latents, nothing fitted before
+
+GROUPS = 120
+
+
+def effects_model():
+    """120 centred group effects and their scales, as in the radon data."""
+    torch.manual_seed(3)
+    group = torch.arange(8 * GROUPS) % GROUPS
+    y = (1.2 + 0.4 * torch.randn(GROUPS))[group] + 0.75 * torch.randn(8 * GROUPS)
+
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        spread = pyro.sample("spread", dist.HalfNormal(1.0))
+        noise = pyro.sample("noise", dist.HalfNormal(2.0))
+        with pyro.plate("groups", GROUPS):
+            effect = pyro.sample("effect", dist.Normal(mean, spread))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(effect[group], noise), obs=y)
+
+    return model
+
+
+def test_a_matched_base_weighs_many_centred_effects():
+    """``BatchAndMatchBase`` alone; a batch of 32 scores, as is enough in few dimensions, leaves no weights."""
+    model = effects_model()
+    density = ModelDensity(model)
+    torch.manual_seed(0)
+
+    def weights(base):
+        law = base.fit(density)
+        z = law.loc + torch.randn(4000, density.dim) @ law.scale_tril.T
+        log_q = dist.MultivariateNormal(law.loc, scale_tril=law.scale_tril).log_prob(z)
+        return effective_sample_size(density.log_prob(z) - log_q) / 4000
+
+    assert weights(BatchAndMatchBase()) > 0.05
+    assert weights(BatchAndMatchBase(rank=11)) < 0.01
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(3, 1.2), (10, 1.2), (100, 1.02)])
+def test_a_base_is_the_less_inflated_the_more_latents_there_are(float64, dim, expected):
+    scale = torch.linspace(0.5, 2.0, dim)
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(dim), scale).to_event(1))
+
+    found = BatchAndMatchBase().fit(ModelDensity(model)).scale_tril
+    torch.testing.assert_close(found.diagonal() / scale, torch.full((dim,), expected), rtol=0.02, atol=0)

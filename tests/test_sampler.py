@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -33,10 +34,12 @@ from pyro_sm import (
     WideComponent,
 )
 from pyro_sm.base import RoundInfo
+from pyro_sm.coupling import fit_coupling
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.noise import VE, VP
 from pyro_sm.sampler import Schedule
+from pyro_sm.targets import Funnel
 
 DATA = torch.tensor([1.0, -0.5, 2.0])
 LOG_EVIDENCE = dist.MultivariateNormal(torch.zeros(3), torch.full((3, 3), 4.0) + 2 * torch.eye(3)).log_prob(DATA)
@@ -787,3 +790,68 @@ def test_a_loss_that_is_no_number_is_an_error_in_words():
     sampler.objective.loss_and_grads = lambda *args, **kwargs: real(*args, **kwargs) * math.nan
     with pytest.raises(FloatingPointError, match=r"the training loss became nan in round 0: lower the learning rate"):
         sampler.run(DATA)
+
+
+# -------------------------------------------------------------------------------------------------------- funnels
+
+
+def in_a_funnel(target, num_particles, rounds, steps, **options):
+    start = target.start
+    return make(
+        model=factor_model(target.log_prob, target.dim),
+        budget=num_particles * rounds,
+        guide={"base": GivenBase(start.loc, start.scale), "num_steps": 16, "architecture": MLP(width=32, depth=1)},
+        objective={"num_particles": num_particles, "batch_size": 256, "steps_per_round": steps},
+        **options,
+    )
+
+
+def coupled(sampler):
+    return [key for key in sampler.guide.state_dict() if "coupling" in key]
+
+
+def test_a_funnel_is_straightened_and_sampled(monkeypatch):
+    target = Funnel(5)
+    sampler = in_a_funnel(target, 512, 12, 100)
+    sampler.run()
+    process = sampler.guide.diffusion()
+    assert process.coupling.drivers().tolist() == [True, False, False, False, False]
+    torch.testing.assert_close(process.coupling.slope[1:, 0], torch.full((4,), 0.5), rtol=0, atol=0.06)
+    assert abs(sampler.log_evidence) < 0.1
+    assert target.found_v_sd(sampler.get_samples(2000)["x"]) == pytest.approx(target.v_sd, rel=0.1)
+    assert sampler.ess > 0.2
+    # At the same cost without.
+    monkeypatch.setattr("pyro_sm.guides.auto_diffusion.fit_coupling", lambda z: None)
+    plain = in_a_funnel(target, 512, 12, 100)
+    plain.run()
+    assert not coupled(plain)
+    assert plain.ess < 0.05
+    assert plain.history[-1].density_evaluations == sampler.history[-1].density_evaluations
+
+
+class Shallow(Funnel):
+    """Found within a few rounds, if less is asked of a coupling."""
+
+    v_sd = 1.5
+
+
+def test_a_run_with_a_coupling_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_sm.guides.auto_diffusion.fit_coupling", partial(fit_coupling, min_gain=0.3))
+    options = {"target": Shallow(6), "num_particles": 512, "rounds": 7, "steps": 10}
+    sampler = in_a_funnel(**options, checkpoint=tmp_path / "state.pt", checkpoint_every=0.0)
+    real, copies = sampler.save, {}
+
+    def save(path):
+        real(path)
+        copies.setdefault((len(sampler.history), bool(coupled(sampler))), Path(path).read_bytes())
+
+    sampler.save = save
+    sampler.run()
+    assert coupled(sampler)
+    without, with_one = ([key for key in copies if key[1] is there] for there in (False, True))
+    for key in (max(without), min(with_one)):  # just before it begins, and just after
+        (tmp_path / "copy.pt").write_bytes(copies[key])
+        other = in_a_funnel(**options)
+        other.load(tmp_path / "copy.pt")
+        other.run()
+        assert_equal(other, sampler)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pyro_sm.base import Draws, Evaluations
 from pyro_sm.bench.target_baselines import PathLogVariance, UnitWeights
-from pyro_sm.corrections import DampedResampling, ImportanceResampling, LocalMoves
+from pyro_sm.corrections import DampedResampling, HamiltonianMove, ImportanceResampling, LocalMoves
 from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 from pyro_sm.density import GaussianDensity
 from pyro_sm.diagnostics import draw_from_guide
@@ -54,6 +54,9 @@ _STEPS = 100  # per round: the package's default
 _PARTICLE_STEPS = 300
 _DROPLET_MOVES = 10
 _PARTICLE_KERNELS, _DROPLET_KERNELS = 96, 64
+# Of large clusters a message passes between 1485 pairs: less of everything, or one round takes an hour.
+_LARGE = 20
+_LARGE_DRAWS, _LARGE_BATCH, _LARGE_POPULATION, _LARGE_LEAPFROG = 256, 64, 512, 10
 
 
 class Budget(NamedTuple):
@@ -214,6 +217,15 @@ class PathObjective:
         steps = _PARTICLE_STEPS if _are_particles(target) else _STEPS
         if not self.plain:
             population = Population(num_moves=_DROPLET_MOVES) if isinstance(target, LennardJones) else Population()
+            if _are_particles(target) and target.particles.num_particles > _LARGE:
+                move = HamiltonianMove(_LARGE_LEAPFROG)
+                seeding = TemperedSMC(_LARGE_POPULATION, _DROPLET_MOVES, move, effective_share=0.7)
+                return ImportanceWeightedScoreMatching(
+                    _LARGE_DRAWS,
+                    batch_size=_LARGE_BATCH,
+                    steps_per_round=steps,
+                    population=Population(_LARGE_POPULATION, _DROPLET_MOVES, move, seeding),
+                )
             return ImportanceWeightedScoreMatching(steps_per_round=steps, population=population)
         # A share so small that γ = 1 always.
         return ImportanceWeightedScoreMatching(

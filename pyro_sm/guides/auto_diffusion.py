@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -37,7 +38,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_sm.anchor import Anchor, fit_anchor
 from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
-from pyro_sm.coupling import Coupling, entropy, fit_coupling
+from pyro_sm.coupling import Coupling, entropy, fit_coupling, refit_coupling
 from pyro_sm.denoiser import Denoiser
 from pyro_sm.guides.bases import Base, PriorBase, fits, moments_of
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
@@ -67,9 +68,11 @@ _PARAMETERS = (
 # There only after a rebase to several modes, in the order of Anchor's fields.
 _ANCHOR = ("anchor_log_weight", "anchor_loc", "anchor_values", "anchor_vectors")
 # There only after latents were found that drive the scales of others, in the order of Coupling's fields.
-_COUPLING = ("coupling_centre", "coupling_shift", "coupling_log_scale")
+_COUPLING = tuple(f"coupling_{name}" for name in Coupling._fields)
 _OPTIONAL = (*_ANCHOR, *_COUPLING)
-_BETTER_COUPLING = 0.1  # nats per draw that another one must save: several times the noise of some thousand draws
+# Nats per draw that a coupling must save to take the place of one with the same drivers, and of one with others. The
+# first is several times the noise of some thousand draws; the second has to be worth another beginning.
+_BETTER_COUPLING, _OTHER_COUPLING = 0.1, 0.5
 # Which guide a store entry belongs to: Pyro hands a second guide of the same name the first one's tensors silently.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -388,9 +391,10 @@ class AutoDiffusion(AutoContinuous):
     def rebase(self, z: Tensor, group: Tensor | None = None, args: Args = (), kwargs: Kwargs | None = None) -> bool:
         """Move the base to the moments of equally weighted latents ``z`` (N, D); False, and nothing, once trained.
 
-        A base that is good enough for them stays. With a ``group`` (N,) for each of them, the guide becomes a mixture
-        of normal laws at the groups: its anchor. The network's input and output are relative to both: what it has
-        learned would mean something else.
+        A base that is good enough for them stays. Where they show a funnel, it is straightened first
+        (:meth:`straighten`). Else, with a ``group`` (N,) for each of them, the guide becomes a mixture of normal laws
+        at the groups: its anchor. The network's input and output are relative to all of these: what it has learned
+        would mean something else.
         """
         with torch.no_grad():
             process = self.diffusion(args, kwargs)
@@ -398,12 +402,12 @@ class AutoDiffusion(AutoContinuous):
             learned = self._network(self.network_weights)(z[:8], level, process.denoiser.context)
             if bool((learned != 0).any()):
                 return False
-            groups = group is not None and not self.architecture.isotropic
-            coupling = None if groups or self.architecture.isotropic else fit_coupling(z)
+            coupling = None if self.architecture.isotropic else fit_coupling(z)
             if coupling is not None or not fits(process.to_white(z)):
                 self._move_base(z, coupling)
             self._drop(_ANCHOR)
-            if group is not None and groups:
+            # A funnel has as many modes as its neck has corners, and they mean nothing.
+            if group is not None and coupling is None and not self.architecture.isotropic:
                 anchor = fit_anchor(self.diffusion(args, kwargs).to_white(z), group)
                 if anchor is not None:
                     self._register(dict(zip(_ANCHOR, anchor, strict=True)))
@@ -414,35 +418,46 @@ class AutoDiffusion(AutoContinuous):
         """Straighten what equally weighted latents ``z`` (N, D) show to be a funnel; whether anything was changed.
 
         They do where some of them drive the scales of others (:mod:`pyro_sm.coupling`), by so much that a Gaussian
-        loses a nat a draw by it. What the network has learned is then lost: it was about other coordinates. A
+        loses half a nat a draw by it. What the network has learned is then lost: it was about other coordinates. A
         coupling that is in use follows the draws; what the network has learned is then kept, being nearly right.
 
         Args:
             z: the latents.
             args: of the model.
             kwargs: of the model.
-            begin: whether to do so where no coupling is in use.
+            begin: whether to do so where no coupling is in use, or one with other drivers.
         """
         held = self._coupling()
         if self.architecture.isotropic or self._anchor() is not None or (held is None and not begin):
             return False
         with torch.no_grad():
-            coupling = fit_coupling(z)
-            if coupling is None:
+            found = fit_coupling(z) if begin else None
+            if held is not None:
+                followed = refit_coupling(z, held)
+                if found is None or not entropy(z, found) < entropy(z, followed) - _OTHER_COUPLING:
+                    return self._follow(z, self.diffusion(args, kwargs), held, followed)
+            if found is None:
                 return False
-            if held is not None and not entropy(z, coupling) < entropy(z, held) - _BETTER_COUPLING:
-                return False
-            self._move_base(z, coupling)
-            known = held is not None and torch.equal(held.drivers(), coupling.drivers())
-            if not known and self._dimensions is not None:
+            self._move_base(z, found)
+            if self._dimensions is not None:
                 weights = torch.cat([p.reshape(-1) for p in self._build(*self._dimensions).parameters()])
                 self.network_weights.copy_(weights)
         return True
 
+    def _follow(self, z: Tensor, process: Diffusion, held: Coupling, followed: Coupling) -> bool:
+        """Take the coupling that has ``followed`` the draws, if it is better; the base stays, if it fits."""
+        if not entropy(z, followed) < entropy(z, held) - _BETTER_COUPLING:
+            return False
+        for name, value in zip(_COUPLING, followed, strict=True):
+            getattr(self, name).copy_(value)
+        if not fits(replace(process, coupling=followed).to_white(z)):
+            self._move_base(z, followed)
+        return True
+
     def _move_base(self, z: Tensor, coupling: Coupling | None) -> None:
         """The base to the moments of equally weighted latents ``z`` (N, D), straightened; kernels as at first."""
+        self._drop(_COUPLING)
         if coupling is not None:
-            self._drop(_COUPLING)
             self._register(dict(zip(_COUPLING, coupling, strict=True)))
             z = coupling.straighten(z)
         loc, scale_tril = moments_of(z, isotropic=self.architecture.isotropic)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, PyroSMWarning
-from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, start_at_mode
+from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, match_to_rest, start_at_mode
 from pyro_sm.density import given_gaussian
 from pyro_sm.guides.gaussian_fit import check_latents, guide_gaussian, latent_sizes
 from pyro_sm.laplace import laplace
 from pyro_sm.model import ModelDensity
 
 _FULL = 200  # latents up to which Batch-and-Match keeps a full covariance
+_LARGE = 64  # latents beyond which its noise is too much for weights
 
 
 class LocScale(NamedTuple):
@@ -185,13 +186,17 @@ class BatchAndMatchBase:
     """The Gaussian that Batch-and-Match finds, from the prior's robust moments or the mode next to them.
 
     With a ``rank``, or with more than 200 latents, its covariance is a diagonal plus a matrix of that rank
-    (batch, match and patch), found at a cost linear in the number of latents.
+    (batch, match and patch), found at a cost linear in the number of latents. With more than 64 latents and no
+    ``rank``, what is found is a start only: it is then matched to ``4D`` scores at a time, again and again, until its
+    evidence lower bound is at rest. What is left between it and a posterior with hundreds of latents can be as little
+    as a nat.
 
     Args:
         num_batches: updates.
         batch_size: scores per update.
-        inflate: factor on the scale; a base a little too wide is safer than one too narrow.
-        rank: K of the low-rank form; by default a full covariance up to 200 latents, and ``√D``, rounded, above.
+        inflate: factor on the scale; a base a little too wide is safer than one too narrow. By default
+            ``1 + 0.2 min(1, 10/D)``: what is safe costs nats in every dimension.
+        rank: K of the low-rank form; by default a full covariance.
 
     Raises:
         ValueError: ``rank`` < 1; on :meth:`fit`, if the density is not finite near the prior's moments.
@@ -203,7 +208,7 @@ class BatchAndMatchBase:
 
     num_batches: int = 150
     batch_size: int = 32
-    inflate: float = 1.2
+    inflate: float | None = None
     rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -221,10 +226,14 @@ class BatchAndMatchBase:
         else:
             start = LowRankGaussian(prior.loc, variance, variance.new_zeros(density.dim, rank))
         fitted = batch_and_match(density, start, num_batches=self.num_batches, batch_size=self.batch_size)
-        tril = torch.linalg.cholesky(fitted.gaussian.covariance) * self.inflate
+        found = Gaussian(fitted.gaussian.loc, fitted.gaussian.covariance)
+        if self.rank is None and density.dim > _LARGE:
+            found = match_to_rest(density, found, batch_size=4 * density.dim)
+        tril = torch.linalg.cholesky(found.covariance)
         if not math.isfinite(float(tril.sum())):
             raise ValueError("Batch-and-Match diverged: use PriorBase() or a GivenBase")
-        return LocScale(fitted.gaussian.loc.to(density.dtype), tril.to(density.dtype))
+        inflate = 1 + 0.2 * min(1.0, 10 / density.dim) if self.inflate is None else self.inflate
+        return LocScale(found.loc.to(density.dtype), (tril * inflate).to(density.dtype))
 
 
 class GuideBase:

@@ -32,7 +32,7 @@ from pyro_sm.sampling.defensive import Defence, draw_defensively
 from pyro_sm.weights import resample
 
 _POPULATION = Population()
-_STRAIGHTENING = range(2, 9)  # rounds: before, there is little to see; after, too much to lose
+_STRAIGHTENING = range(2, 13)  # rounds: before, there is little to see; after, too much to lose
 
 
 class TrainingState(NamedTuple):
@@ -200,8 +200,8 @@ class ImportanceWeightedScoreMatching(GuideObjective):
                 f"the base is too far from the posterior to learn from: of {self.num_particles} weighted draws in "
                 f"{dim} latents a few carry all the weight (Pareto k̂ {info.khat:.1f}), and beyond "
                 f"{settings.max_dim} latents no population of particles helps out. Training goes on, but will most "
-                "likely take long and arrive nowhere. Start from a Gaussian that fits, "
-                "base=GuideBase(AutoLowRankMultivariateNormal fitted by an ELBO and BatchAndMatch), or use NUTS",
+                "likely take long and arrive nowhere. Start from a Gaussian that fits, base=BatchAndMatchBase() or "
+                "base=GuideBase(a Gaussian guide that you have fitted), or use NUTS",
                 PyroSMWarning,
                 stacklevel=2,
             )

@@ -24,6 +24,7 @@ _LEVEL_DRAWS = 1024  # levels need fewer than moments do, and look at many more 
 _LEVEL_NUMBERS = 65_536  # and fewer yet of many latents: their costs are added up
 
 _COVERING_DRAWS = 8192
+_FAR = 1e12  # in whitened space; of its square float32 still makes sums
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Diffusion:
     def to_white(self, z: Tensor) -> Tensor:
         """``L⁻¹ (T⁻¹(z) − m)``; (B, D) to (B, D)."""
         straight = z if self.coupling is None else self.coupling.straighten(z)
-        return torch.linalg.solve_triangular(self.base_scale_tril, (straight - self.base_loc).T, upper=False).T
+        u = torch.linalg.solve_triangular(self.base_scale_tril, (straight - self.base_loc).T, upper=False).T
+        # Deep in the neck of a funnel, where a wide prior may draw, a latent's own scale underflows: far is far.
+        return u if self.coupling is None else torch.nan_to_num(u, nan=0.0).clamp(-_FAR, _FAR)
 
     def covering(self) -> tuple[Tensor, Tensor]:
         """Location (D,) and scale (D, D), lower triangular, of the base; bent, of the normal law with its moments."""
