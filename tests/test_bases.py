@@ -119,7 +119,7 @@ def test_batch_and_match_is_close_for_a_gaussian(float64):
     scale = covariance.diagonal().sqrt()
     assert bool(((base.loc - loc).abs() < 0.02 * scale).all())
     assert bool(((base.scale_tril @ base.scale_tril.T - covariance).abs() < 0.02 * torch.outer(scale, scale)).all())
-    assert 150 * 32 < density.evaluations.gradient < 150 * 32 + 400  # the mode is searched for first
+    assert 150 * 32 < density.evaluations.gradient < 150 * 32 + 1200  # the mode is sought first, and rest last
 
 
 def test_batch_and_match_is_wider_by_default(float64):

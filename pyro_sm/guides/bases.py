@@ -23,7 +23,7 @@ from pyro_sm.laplace import laplace
 from pyro_sm.model import ModelDensity
 
 _FULL = 200  # latents up to which Batch-and-Match keeps a full covariance
-_LARGE = 64  # latents beyond which its noise is too much for weights
+_MATCHED = 128  # draws, at least, that it is matched to in the end
 
 
 class LocScale(NamedTuple):
@@ -185,11 +185,10 @@ class LaplaceBase:
 class BatchAndMatchBase:
     """The Gaussian that Batch-and-Match finds, from the prior's robust moments or the mode next to them.
 
-    With a ``rank``, or with more than 200 latents, its covariance is a diagonal plus a matrix of that rank
-    (batch, match and patch), found at a cost linear in the number of latents. With more than 64 latents and no
-    ``rank``, what is found is a start only: it is then matched to ``4D`` scores at a time, again and again, until its
-    evidence lower bound is at rest. What is left between it and a posterior with hundreds of latents can be as little
-    as a nat.
+    With a ``rank``, its covariance is a diagonal plus a matrix of that rank (batch, match and patch), found at a cost
+    linear in the number of latents. Without, small batches are a start only (of low rank beyond 200 latents): what
+    they find is then matched to ``4D`` scores at a time, again and again, until its evidence lower bound is at rest.
+    What is left between it and a posterior with hundreds of latents can be as little as a nat.
 
     Args:
         num_batches: updates.
@@ -227,8 +226,8 @@ class BatchAndMatchBase:
             start = LowRankGaussian(prior.loc, variance, variance.new_zeros(density.dim, rank))
         fitted = batch_and_match(density, start, num_batches=self.num_batches, batch_size=self.batch_size)
         found = Gaussian(fitted.gaussian.loc, fitted.gaussian.covariance)
-        if self.rank is None and density.dim > _LARGE:
-            found = match_to_rest(density, found, batch_size=4 * density.dim)
+        if self.rank is None:
+            found = match_to_rest(density, found, batch_size=max(4 * density.dim, _MATCHED))
         tril = torch.linalg.cholesky(found.covariance)
         if not math.isfinite(float(tril.sum())):
             raise ValueError("Batch-and-Match diverged: use PriorBase() or a GivenBase")
