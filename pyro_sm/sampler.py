@@ -596,7 +596,7 @@ class DiffusionSampler:
             )
 
     def report(self) -> str:
-        """Evidence, weights and cost in three lines; and the verdict, if :meth:`check` was called."""
+        """Evidence, weights and cost, a line each; straightened coordinates and the verdict, where there are any."""
         counted = self._counted()
         rounds = sum(len(replica.history) for replica in self.replicas)
         seconds = sum(replica.history[-1].seconds for replica in self.replicas)
@@ -606,6 +606,8 @@ class DiffusionSampler:
             f"cost          {counted.density} density and {counted.gradient} gradient "
             f"evaluations ({self._density().batching_method}), {rounds} rounds, {seconds:.0f} s of training"
         )
+        if self.guide.drivers():
+            lines += f"\ncoordinates   a funnel is straightened, driven by {', '.join(self.guide.drivers())}"
         return lines if self._verdict is None else f"{lines}\n{self._verdict}"
 
     def summary(self, num_samples: int = 4000) -> None:

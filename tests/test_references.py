@@ -15,7 +15,7 @@ from pyro_sm.targets import DoubleWellParticles, LennardJones
 from pyro_sm.targets.reference_draws import load_draws, load_provenance
 
 pytestmark = pytest.mark.usefixtures("float64")
-SHIPPED = {"dw4": DoubleWellParticles, "lj13": LennardJones}
+SHIPPED = {"dw4": DoubleWellParticles, "lj13": LennardJones, "lj55": lambda dtype=None: LennardJones(55, dtype=dtype)}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

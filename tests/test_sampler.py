@@ -816,6 +816,8 @@ def test_a_funnel_is_straightened_and_sampled(monkeypatch):
     sampler.run()
     process = sampler.guide.diffusion()
     assert process.coupling.drivers().tolist() == [True, False, False, False, False]
+    assert sampler.guide.drivers() == ["x[0]"]
+    assert sampler.report().endswith("coordinates   a funnel is straightened, driven by x[0]")
     torch.testing.assert_close(process.coupling.slope[1:, 0], torch.full((4,), 0.5), rtol=0, atol=0.06)
     assert abs(sampler.log_evidence) < 0.1
     assert target.found_v_sd(sampler.get_samples(2000)["x"]) == pytest.approx(target.v_sd, rel=0.1)
@@ -825,6 +827,7 @@ def test_a_funnel_is_straightened_and_sampled(monkeypatch):
     plain = in_a_funnel(target, 512, 12, 100)
     plain.run()
     assert not coupled(plain)
+    assert "straightened" not in plain.report()
     assert plain.ess < 0.05
     assert plain.history[-1].density_evaluations == sampler.history[-1].density_evaluations
 

@@ -16,6 +16,7 @@ moved to several modes (:meth:`AutoDiffusion.rebase`) also has an ``anchor_…``
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -443,6 +444,17 @@ class AutoDiffusion(AutoContinuous):
                 weights = torch.cat([p.reshape(-1) for p in self._build(*self._dimensions).parameters()])
                 self.network_weights.copy_(weights)
         return True
+
+    def drivers(self) -> list[str]:
+        """The latents, ``site`` or ``site[index]``, that the others are straightened by; none without a coupling."""
+        coupling = self._coupling()
+        if coupling is None:
+            return []
+        names = []
+        for name, shape in self._unconstrained_shapes.items():
+            indices = itertools.product(*(range(size) for size in shape))
+            names += [f"{name}[{', '.join(map(str, index))}]" if index else name for index in indices]
+        return [names[int(i)] for i in coupling.drivers().nonzero()]
 
     def _follow(self, z: Tensor, process: Diffusion, held: Coupling, followed: Coupling) -> bool:
         """Take the coupling that has ``followed`` the draws, if it is better; the base stays, if it fits."""
