@@ -863,6 +863,11 @@ def test_who_is_not_straightened():
     assert not symmetric.straighten(target.sample(2000))
     assert symmetric.rebase(target.sample(2000))
     assert not held(symmetric)
+    # One guide for many data sets: each has a funnel of its own.
+    shared = make_guide(name="shared", context=lambda: torch.zeros(2))
+    assert not shared.straighten(z)
+    assert shared.rebase(z)
+    assert not held(shared)
 
 
 def test_a_population_in_a_funnel_gives_a_bent_base():

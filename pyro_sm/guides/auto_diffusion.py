@@ -403,7 +403,7 @@ class AutoDiffusion(AutoContinuous):
             learned = self._network(self.network_weights)(z[:8], level, process.denoiser.context)
             if bool((learned != 0).any()):
                 return False
-            coupling = None if self.architecture.isotropic else fit_coupling(z)
+            coupling = fit_coupling(z) if self._may_couple() else None
             if coupling is not None or not fits(process.to_white(z)):
                 self._move_base(z, coupling)
             self._drop(_ANCHOR)
@@ -429,7 +429,7 @@ class AutoDiffusion(AutoContinuous):
             begin: whether to do so where no coupling is in use, or one with other drivers.
         """
         held = self._coupling()
-        if self.architecture.isotropic or self._anchor() is not None or (held is None and not begin):
+        if not self._may_couple() or self._anchor() is not None or (held is None and not begin):
             return False
         with torch.no_grad():
             found = fit_coupling(z) if begin else None
@@ -444,6 +444,10 @@ class AutoDiffusion(AutoContinuous):
                 weights = torch.cat([p.reshape(-1) for p in self._build(*self._dimensions).parameters()])
                 self.network_weights.copy_(weights)
         return True
+
+    def _may_couple(self) -> bool:
+        """Not where a base has to be round, nor where one guide serves many data sets: each has its own funnel."""
+        return not self.architecture.isotropic and self.context is None
 
     def drivers(self) -> list[str]:
         """The latents, ``site`` or ``site[index]``, that the others are straightened by; none without a coupling."""
