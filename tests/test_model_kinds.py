@@ -733,7 +733,7 @@ def test_ninety_latents_from_a_gaussian_base():
         model,
         guide=AutoDiffusion(model, base=BatchAndMatchBase(), num_steps=16, architecture=MLP(width=128, depth=2)),
         objective=ImportanceWeightedScoreMatching(num_particles=1024, steps_per_round=50, population=None),
-        stopping=StoppingRule(max_evaluations=10_000),
+        stopping=StoppingRule(max_evaluations=20_000),
         disable_progbar=True,
     )
     sampler.run(*args)

@@ -557,7 +557,7 @@ def test_the_same_data_are_not_learned_twice(uninterrupted):
         ({}, 700),
         ({"objective": {"weighting": MarginalWeights(num_inner=2)}}, 3000),
         ({"guide": {"base": LaplaceBase(num_starts=50)}}, 640),
-        ({"guide": {"base": BatchAndMatchBase(num_batches=10)}}, 640),
+        ({"guide": {"base": BatchAndMatchBase(num_batches=10)}}, 2000),
     ],
 )
 def test_budget_is_kept(options, budget):
