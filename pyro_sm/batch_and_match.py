@@ -348,6 +348,8 @@ def match_to_rest(density: Density, start: Gaussian, *, batch_size: int, max_bat
     """
     highest_rate = rate = float(batch_size * len(start.loc))
     gaussian, batch = start, _scored(density, start, batch_size)
+    if len(batch.z) < 2:  # nothing to match
+        return start
     elbo, misses = float(batch.log_ratio.mean()), 0
     for _ in range(max_batches):
         try:

@@ -6,7 +6,7 @@ Of the latents ``z`` some *drive* the others: the log scale of a hierarchy, the 
 linear in ``h``, times a likelihood of its own with precision ``κ`` about ``y`` (nothing, if ``κ = 0``),
 
     ``ℓ = c + C h``,   ``a = a_0 + B h``,   ``σ⁻² = e^{−2a} + κ``,   ``w = σ² e^{−2a}``,
-    ``μ = w ℓ + (1 − w) y``,   ``z_i = μ_i(h) + σ_i(h) v_i``,   ``h = v_H + c_H``.
+    ``μ = w ℓ + (1 − w) y``,   ``z_i = μ_i(h) + σ_i(h) v_i``,   ``z_H = c_H + h``,   ``v_H = h``.
 
 Then ``v`` is the straightened latent: both ways are closed forms, and ``log|det ∂z/∂v| = Σ_i log σ_i``. It is a
 non-centred parametrisation where there are few data, a centred one where there are many, and the draws themselves say
@@ -62,7 +62,7 @@ def _law(loc: Tensor, log_scale: Tensor, data: Tensor, log_precision: Tensor) ->
 
 
 class Coupling(NamedTuple):
-    """See the head of the file. ``driven`` (D,): 1 for driven latents, 0 for drivers and all others.
+    """See the head of the file. ``driven`` (D,): 1 for driven latents, 0 for drivers.
 
     ``centre`` (D,) ``c``, ``shift`` (D, D) ``C``; ``log_scale`` (D,) ``a_0``, ``slope`` (D, D) ``B``; ``data`` (D,)
     ``y`` and ``log_precision`` (D,) ``log κ``. Where ``driven`` is 0, all but ``centre`` are without a meaning.

@@ -468,3 +468,9 @@ def test_large_batches_are_bounded_and_counted():
     calls.clear()
     match_to_rest(density, far_start(4), batch_size=30)
     assert len(calls) < 20
+
+
+def test_a_start_without_a_density_stays():
+    density = FunctionDensity(lambda z: torch.where(z[:, 0] > 1e6, 0 * z[:, 0], -math.inf), 2, dtype=torch.float64)
+    begun = far_start(2)
+    assert match_to_rest(density, begun, batch_size=16) is begun
