@@ -75,3 +75,9 @@ def test_the_sampler_goes_on_from_the_base(tmp_path):
 def test_nothing_is_refused(capsys):
     assert main(["bench", "many-latents", "--groups", "0"]) == 1
     assert "positive --groups" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_said_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pyro_sm.bench.many_latents.measure", lambda *key: pytest.fail("measured"))
+    assert main(["bench", "many-latents", "--groups", "9", "--out", str(tmp_path / "no" / "x.jsonl")]) == 1
+    assert "there is no folder" in capsys.readouterr().err

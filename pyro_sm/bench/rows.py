@@ -44,7 +44,12 @@ def resumed(keys: Iterable[Row], measure: Callable[[Row], Row], out: Path | None
         keys: what tells a row from others; a row that has all of its key's entries is the one.
         measure: makes the row of a key.
         out: the file; None for none.
+
+    Raises:
+        ValueError: there is no folder for the file; before anything is measured.
     """
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"there is no folder '{out.parent}' for --out")
     done = read(out)
     if out is not None and out.is_file():
         whole, cut_off = _whole_lines(out)
