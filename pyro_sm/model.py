@@ -59,6 +59,10 @@ from pyro_sm.model_trace import (
 __all__ = ["Batching", "ModelDensity", "OneByOne", "OuterPlate", "Site", "VMap"]
 
 _MANY_MASKED = 10  # fewer cost next to nothing
+# A million bytes or two of terms of the log density stay in the cache of a core; a run of the model costs a
+# millisecond, whatever the batch.
+_TERMS_IN_CACHE = 2**18
+_FEWEST_ROWS = 256
 
 
 def _nothing(z: Tensor) -> Tensor:
@@ -75,7 +79,8 @@ class ModelDensity:
         kwargs: its keyword arguments.
         batching: how to evaluate a batch. By default the fastest way that agrees with the loop in value and
             score, found by trial; a way given here is used without trial.
-        chunk_size: split larger batches, for memory. By default 4096 for enumerated models and ``VMap``.
+        chunk_size: split larger batches, for memory. By default 4096 for enumerated models and ``VMap``; on a CPU so
+            few that the terms of 256 latents or more, one for each of the data, stay in its cache.
         compile: compile :meth:`log_prob_and_score` with ``torch.compile``, once per batch shape. The data are
             baked in; models with trainable parameters are not compiled.
         max_plate_nesting: lower bound on the number of batch dimensions to reserve for the model.
@@ -181,7 +186,16 @@ class ModelDensity:
         """Largest number of latents pushed through the model at once; ``None`` for any."""
         if self._chunk_size is not None:
             return self._chunk_size
-        return 4096 if self._structure.enumerated or isinstance(self.batching, VMap) else None
+        bounds = [4096] if self._structure.enumerated or isinstance(self.batching, VMap) else []
+        if self.device.type == "cpu":
+            bounds.append(max(_TERMS_IN_CACHE // self._num_terms(), _FEWEST_ROWS))
+        return min(bounds, default=None)
+
+    def _num_terms(self) -> int:
+        """About how many numbers the log density of one latent goes through: ``pyro.factor`` hides its data."""
+        given = (*self._traced.args, *self._traced.kwargs.values())
+        passed = sum(value.numel() for value in given if isinstance(value, Tensor))
+        return self.dim + max(passed, sum(data.numel() for data in self.observed.values()))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log p̃`` in nats, ``-inf`` where it is not a number. ``z``: (B, D); returns (B,).

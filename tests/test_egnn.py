@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network for particles: what turns with them, what does not care for their order, and what is refused."""
 
+import pyro
 import pytest
 import torch
 from test_denoiser import random_network
 
+from pyro_sm.examples.improper import factor_model
+from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.mean_free import MeanFree
 from pyro_sm.nn.egnn import EGNN, EquivariantNetwork
+from pyro_sm.targets import DoubleWellParticles
 
 CASES = [(4, 2), (5, 3), (2, 1)]
 
@@ -128,3 +132,17 @@ def test_it_refuses_what_is_not_particles():
         EGNN(1, 3)
     with pytest.raises(ValueError, match="context of size 2"):
         network(3, 2, context_dim=2)(torch.zeros(1, 4).double(), torch.zeros(1).double())
+
+
+def test_a_guide_for_particles_has_one_variance_for_all_latents():
+    """But not where a base of one's own has turned one direction into another."""
+    target = DoubleWellParticles()
+    z = 2 * torch.randn(300, target.dim)
+    for scale, same in ((2.0, True), (torch.linspace(1, 2, target.dim), False)):
+        pyro.clear_param_store()
+        model = factor_model(target.log_prob, target.dim)
+        guide = AutoDiffusion(model, base=GivenBase(torch.zeros(target.dim), scale), architecture=EGNN(4, 2))
+        guide.setup(model, (), {})
+        guide.refit(z)
+        factor = guide.diffusion().kernels.variance_factor
+        assert bool((factor == factor[:, :1]).all()) is same

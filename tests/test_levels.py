@@ -125,3 +125,41 @@ def test_many_latents_need_fewer_draws(monkeypatch, dim, draws):
     )
     process.fit(torch.randn(1500, dim, **DOUBLE))
     assert seen == [((draws, dim), (draws, dim))]
+
+
+@pytest.mark.parametrize(("dim", "for_levels", "for_moments"), [(2, 1024, 1500), (36, 227, 910), (162, 50, 202)])
+def test_where_all_latents_are_alike_fewer_do(monkeypatch, dim, for_levels, for_moments):
+    """Each latent is one more look at the one variance."""
+    seen = []
+
+    def kept(denoiser, ratios, u, noise):
+        seen.append(len(u))
+        return ratios
+
+    def moments(denoiser, kernels, u, noise, *, isotropic):
+        seen.append((len(u), isotropic))
+        return kernels
+
+    monkeypatch.setattr(diffusion, "fit_levels", kept)
+    monkeypatch.setattr(diffusion, "fit_kernels", moments)
+    kernels = gaussian_kernels(even(4), dim)
+    process = diffusion.Diffusion(
+        Denoiser(zero_network(dim)), kernels, torch.zeros(dim, **DOUBLE), 2 * torch.eye(dim, **DOUBLE)
+    )
+    assert process.is_round()
+    process.fit(torch.randn(1500, dim, **DOUBLE), isotropic=True)
+    assert seen == [for_levels, (for_moments, True)]
+
+
+def test_what_is_round():
+    eye, origin = torch.eye(3, **DOUBLE), torch.zeros(3, **DOUBLE)
+    kernels, network = gaussian_kernels(even(4), 3), Denoiser(zero_network(3))
+    tilted = eye.clone()
+    tilted[2, 0] = 0.1
+    for loc, tril, expected in (
+        (origin, 0.3 * eye, True),
+        (origin + torch.tensor([0, 0, 1e-6], **DOUBLE), eye, False),
+        (origin, eye * torch.tensor([1.0, 1.0, 1.01], **DOUBLE), False),
+        (origin, tilted, False),
+    ):
+        assert diffusion.Diffusion(network, kernels, loc, tril).is_round() is expected

@@ -283,13 +283,40 @@ def test_value_dependent_branch_is_evaluated_one_by_one():
 def test_chunks_change_nothing(name):
     model, args, kwargs = ZOO[name]()
     whole, chunked = ModelDensity(model, args, kwargs), ModelDensity(model, args, kwargs, chunk_size=3)
-    assert whole.chunk_size == (None if name == "eight schools" else 4096)
     z = torch.randn(7, whole.dim)
     close(chunked.log_prob(z), whole.log_prob(z))
     for found, expected in zip(chunked.log_prob_and_score(z), whole.log_prob_and_score(z), strict=True):
         close(found, expected)
     with pytest.raises(ValueError, match="positive chunk_size"):
         ModelDensity(model, args, kwargs, chunk_size=0)
+
+
+@pytest.mark.parametrize(
+    ("num_data", "way", "kind", "rows"),
+    [
+        (6, OuterPlate(), "observed", 2**18 // 7),
+        (6, OuterPlate(), "enumerated", 4096),
+        (6, VMap(), "observed", 4096),
+        (500, OuterPlate(), "observed", 2**18 // 501),
+        (500, OuterPlate(), "factor", 2**18 // 501),
+        (5000, OuterPlate(), "observed", 256),
+        (5000, OuterPlate(), "enumerated", 256),
+    ],
+)
+def test_a_chunk_fits_into_a_cache(num_data, way, kind, rows):
+    """Data count whether a site observes them or a factor hides them."""
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        if kind == "enumerated":
+            mean = mean + pyro.sample("side", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        if kind == "factor":
+            pyro.factor("y", dist.Normal(mean[..., None], 1.0).log_prob(y).sum(-1))
+        else:
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    assert ModelDensity(model, (torch.zeros(num_data),), batching=way).chunk_size == rows
 
 
 @pytest.mark.slow

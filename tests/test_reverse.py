@@ -257,6 +257,28 @@ def test_a_fit_is_bounded():
     assert float(silent.variance_factor.min()) == float(silent.variance_factor.max()) == 1e-3
 
 
+def test_where_all_latents_are_alike_their_moments_are_one():
+    """Means over latents of what each has by itself; for noisy draws, those are not alike."""
+    u, noise = normal(60, 3), normal(60, 3)
+    denoiser, kernels = Denoiser(zero_network(3)), gaussian_kernels(levels(), 3)
+    each, one = fit_kernels(denoiser, kernels, u, noise), fit_kernels(denoiser, kernels, u, noise, isotropic=True)
+    expected = each.variance_factor.mean(1, keepdim=True).expand(-1, 3)
+    torch.testing.assert_close(one.variance_factor, expected, **exact)
+    scale = torch.sqrt(u.square().mean() + kernels.ratios[-1] ** 2)
+    torch.testing.assert_close(one.start_scale, scale.expand(3), **exact)
+    assert not one.start_loc.any()
+    assert torch.equal(one.ratios, each.ratios)
+    assert float((each.variance_factor.amax(1) / each.variance_factor.amin(1)).max()) > 1.2
+    # A third as many draws are worth as much.
+
+    def errors(n, same):
+        fits = [fit_kernels(denoiser, kernels, normal(n, 3), normal(n, 3), isotropic=same) for _ in range(40)]
+        return torch.stack([fit.variance_factor - 1 for fit in fits])
+
+    spread = [float(errors(n, same).square().mean()) for n, same in ((90, False), (30, True))]
+    assert 0.6 < spread[1] / spread[0] < 1.6
+
+
 def test_latent_fits_are_whitened_fits():
     process = Diffusion(Denoiser(random_network(2)), gaussian_kernels(levels(), 2), LOC, TRIL)
     z = normal(30, 2)

@@ -56,7 +56,7 @@ _DROPLET_MOVES = 10
 _PARTICLE_KERNELS, _DROPLET_KERNELS = 96, 64
 # Of large clusters a message passes between 1485 pairs: less of everything, or one round takes an hour.
 _LARGE = 20
-_LARGE_DRAWS, _LARGE_BATCH, _LARGE_POPULATION, _LARGE_LEAPFROG = 256, 64, 512, 10
+_LARGE_DRAWS, _LARGE_BATCH, _LARGE_POPULATION, _LARGE_STEPS, _LEAPFROG = 256, 64, 512, 600, 10
 
 
 class Budget(NamedTuple):
@@ -218,12 +218,12 @@ class PathObjective:
         if not self.plain:
             population = Population(num_moves=_DROPLET_MOVES) if isinstance(target, LennardJones) else Population()
             if _are_particles(target) and target.particles.num_particles > _LARGE:
-                move = HamiltonianMove(_LARGE_LEAPFROG)
+                move = HamiltonianMove(_LEAPFROG)
                 seeding = TemperedSMC(_LARGE_POPULATION, _DROPLET_MOVES, move, effective_share=0.7)
                 return ImportanceWeightedScoreMatching(
                     _LARGE_DRAWS,
                     batch_size=_LARGE_BATCH,
-                    steps_per_round=steps,
+                    steps_per_round=_LARGE_STEPS,
                     population=Population(_LARGE_POPULATION, _DROPLET_MOVES, move, seeding),
                 )
             return ImportanceWeightedScoreMatching(steps_per_round=steps, population=population)
@@ -541,7 +541,7 @@ class Chains:
 
 _METHODS: tuple[Method, ...] = (
     Sampler("iwsm", PathObjective()),
-    Sampler("iwsm-moves", PathObjective(), LocalMoves(200)),
+    Sampler("iwsm-moves", PathObjective(), LocalMoves(100, HamiltonianMove(_LEAPFROG))),
     Sampler("iwsm-marginal", InnerObjective(MarginalWeights())),
     Tempered(),
     Chains(),

@@ -382,7 +382,8 @@ class AutoDiffusion(AutoContinuous):
     def refit(self, z: Tensor, args: Args = (), kwargs: Kwargs | None = None) -> None:
         """Refit levels, variance factors and start to equally weighted latents ``z`` (N, D)."""
         with torch.no_grad():
-            kernels = self.diffusion(args, kwargs).fit(z)
+            process = self.diffusion(args, kwargs)
+            kernels = process.fit(z, isotropic=self.architecture.isotropic and process.is_round())
             self.start_loc.copy_(kernels.start_loc)
             self.log_start_scale.copy_(kernels.start_scale.log())
             self.log_variance_factor.copy_(kernels.variance_factor.log())

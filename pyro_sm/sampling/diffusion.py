@@ -22,6 +22,8 @@ from pyro_sm.sampling.reverse import Kernels, fit_kernels, path_log_ratio, sampl
 
 _LEVEL_DRAWS = 1024  # levels need fewer than moments do, and look at many more places
 _LEVEL_NUMBERS = 65_536  # and fewer yet of many latents: their costs are added up
+_ROUND_NUMBERS = 32_768  # that one variance for all latents rests on
+_ROUND_LEVEL_NUMBERS = 8_192  # and the choice of levels, where all latents are alike
 
 _COVERING_DRAWS = 8192
 _FAR = 1e12  # in whitened space; of its square float32 still makes sums
@@ -82,6 +84,11 @@ class Diffusion:
         # Deep in the neck of a funnel, where a wide prior may draw, a latent's own scale underflows: far is far.
         return u if self.coupling is None else torch.nan_to_num(u, nan=0.0).clamp(-_FAR, _FAR)
 
+    def is_round(self) -> bool:
+        """Whether the base is centred, and the same in all directions."""
+        scale = torch.eye(self.dim).to(self.base_scale_tril) * self.base_scale_tril[0, 0]
+        return self.coupling is None and not bool(self.base_loc.any()) and torch.equal(scale, self.base_scale_tril)
+
     def covering(self) -> tuple[Tensor, Tensor]:
         """Location (D,) and scale (D, D), lower triangular, of the base; bent, of the normal law with its moments."""
         if self.coupling is None:
@@ -109,13 +116,20 @@ class Diffusion:
         u = self.to_white(z)
         return path_log_ratio(self.denoiser, self.kernels, u, noise, self.heavy) + self.log_det(u)
 
-    def fit(self, z: Tensor) -> Kernels:
-        """Kernels refitted to equally weighted latents ``z`` (N, D): where they stand, then their moments."""
+    def fit(self, z: Tensor, *, isotropic: bool = False) -> Kernels:
+        """Kernels refitted to equally weighted latents ``z`` (N, D), in random order: levels first, then moments.
+
+        ``isotropic``: the target, whitened, and the network are the same in all directions, and centred: one moment
+        for all latents, which fewer draws are enough for.
+        """
         u = self.to_white(z)
+        if isotropic:
+            u = u[: max(_ROUND_NUMBERS // self.dim, 1)]
         noise = torch.randn_like(u)
-        some = slice(min(_LEVEL_DRAWS, max(_LEVEL_NUMBERS // self.dim, 1)))
+        numbers = _ROUND_LEVEL_NUMBERS if isotropic else _LEVEL_NUMBERS
+        some = slice(min(_LEVEL_DRAWS, max(numbers // self.dim, 1)))
         ratios = fit_levels(self.denoiser, self.kernels.ratios, u[some], noise[some])
-        return fit_kernels(self.denoiser, self.kernels._replace(ratios=ratios), u, noise)
+        return fit_kernels(self.denoiser, self.kernels._replace(ratios=ratios), u, noise, isotropic=isotropic)
 
     def white_score(self, u: Tensor, score: Tensor) -> Tensor:
         """``∇_u [log p(z(u)) + log|det ∂z/∂u|]`` (B, D) at ``u`` (B, D), from ``score = ∇_z log p`` (B, D)."""

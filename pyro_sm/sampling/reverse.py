@@ -138,7 +138,9 @@ def path_log_ratio(
     return log_ratio
 
 
-def fit_kernels(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor) -> Kernels:
+def fit_kernels(
+    denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor, *, isotropic: bool = False
+) -> Kernels:
     """Fit ``f_k``, ``m_T`` and ``s_T`` by moments.
 
     Args:
@@ -146,10 +148,15 @@ def fit_kernels(denoiser: Denoiser, kernels: Kernels, u: Tensor, noise: Tensor) 
         kernels: for the levels.
         u: (N, D) equally weighted draws of what the sampler shall produce, whitened.
         noise: (N, D) standard normal, shared by all levels.
+        isotropic: whether they, and the network, are the same in all directions, and centred: then ``m_T = 0``, and
+            the other moments are means over all latents.
     """
     factors = []
     for r in kernels.ratios[1:]:
         mean, variance = denoiser.moments(u + r * noise, r)
-        factors.append(((u - mean).square() / variance).mean(0).clamp(1e-3, 1e3))
-    start_scale = torch.sqrt(u.var(0, correction=0) + kernels.ratios[-1].square())
-    return Kernels(kernels.ratios, torch.stack(factors), u.mean(0), start_scale)
+        factor = ((u - mean).square() / variance).mean(0)
+        factors.append((factor.mean().expand_as(factor) if isotropic else factor).clamp(1e-3, 1e3))
+    loc = torch.zeros_like(u[0]) if isotropic else u.mean(0)
+    variance = u.square().mean().expand_as(loc) if isotropic else u.var(0, correction=0)
+    start_scale = torch.sqrt(variance + kernels.ratios[-1].square())
+    return Kernels(kernels.ratios, torch.stack(factors), loc, start_scale)
