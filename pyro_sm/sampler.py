@@ -6,8 +6,9 @@ until γ = 1 and the effective sample size has stopped rising (or half the budge
 zero; then training ends. The state is complete after every step: an interrupted, saved and resumed run continues
 bit for bit like one that was never stopped.
 
-With ``num_chains`` > 1 as many guides are trained, one after the other, each like one that was trained alone with its
-own seed; see ``replicas.py`` for what their draws say together.
+With ``num_chains`` > 1 as many guides are trained, each like one that was trained alone with its own seed; see
+``replicas.py`` for what their draws say together. Where there are cores for it they are trained at once: all are
+bound to the data here, each is trained in a process of its own (``parallel_training.py``), and its state taken over.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_sm.base import CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
@@ -56,6 +57,8 @@ from pyro_sm.model_trace import isolated_rng
 from pyro_sm.objectives.buffer import Buffer, Round
 from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching, TrainingState
 from pyro_sm.objectives.population import Particles
+from pyro_sm.parallel_training import Task, num_processes, train_in_processes
+from pyro_sm.progress import Progress, progress_bar
 from pyro_sm.replicas import PerReplica, joined
 from pyro_sm.sampling.defensive import default_defence
 from pyro_sm.stopping import Schedule, StoppingRule, deferred_interrupt
@@ -112,13 +115,16 @@ class DiffusionSampler:
         num_chains: replicas, trained with the seeds ``seed``, ``seed + 1``, …, each with the whole budget. Draws of
             each are a chain of their own, so that R̂ sees one that has lost a mode. Checkpoints of the others stand
             beside the first's, with ``.1``, ``.2``, … at the end of their names.
+        num_workers: processes that train replicas, with one thread each; as many as there are replicas and cores if
+            None, where processes can be forked: on Linux, without CUDA. They leave no trace but the result: what else
+            the model stores somewhere is lost. 1 trains one after the other in this process.
 
     Attributes:
         replicas: one sampler per chain; the first is this one.
         probed: what the last probe of :meth:`check` has found; any guide on the same model and data can use it.
 
     Raises:
-        ValueError: both ``base`` and ``guide`` are given, or ``num_chains`` < 1.
+        ValueError: both ``base`` and ``guide`` are given, or ``num_chains`` or ``num_workers`` < 1.
 
     Source: "Importance Weighted Score Matching for Diffusion Samplers with Enhanced Mode Coverage"
     https://arxiv.org/abs/2505.19431 .
@@ -138,9 +144,12 @@ class DiffusionSampler:
         checkpoint_every: float = 30.0,
         disable_progbar: bool = False,
         num_chains: int = 1,
+        num_workers: int | None = None,
     ) -> None:
         if num_chains < 1:
             raise ValueError(f"expected num_chains >= 1, found {num_chains}")
+        if num_workers is not None and num_workers < 1:
+            raise ValueError(f"expected num_workers >= 1, found {num_workers}")
         if base is not None and guide is not None:
             raise ValueError("expected a base for the default guide, or a guide with its own base; found both")
         self.model = model
@@ -153,6 +162,7 @@ class DiffusionSampler:
         self.checkpoint = checkpoint
         self.checkpoint_every = checkpoint_every
         self.disable_progbar = disable_progbar
+        self.num_workers = num_workers
         self.schedule = Schedule()
         self._optimiser: torch.optim.Adam | None = None
         self._rng: list[Tensor] | None = None
@@ -184,7 +194,7 @@ class DiffusionSampler:
             checkpoint_every=self.checkpoint_every,
             disable_progbar=self.disable_progbar,
         )
-        self._label, replica._label = (f"replica {c + 1}/{num_chains}, " for c in (0, chain))
+        self._label, replica._label = (f"replica {c + 1}/{num_chains}" for c in (0, chain))
         return replica
 
     # -- running -----------------------------------------------------------------------------------------------
@@ -199,32 +209,74 @@ class DiffusionSampler:
 
         Ctrl-C stops between two steps, or between two temperatures of the seeding of a population, and raises
         ``KeyboardInterrupt``; the sampler stays usable, and another ``run`` with the same arguments goes on where it
-        stopped. An unfinished seeding begins anew.
+        stopped. An unfinished seeding begins anew. Where replicas are trained at once and one fails, the others are
+        stopped in the same way.
 
         Raises:
             ModelRefusedError: the model cannot be evaluated in batches, or the arguments do not fit it.
             CheckpointError: a loaded checkpoint belongs to another model, other data or other settings.
-            ValueError: no draw has a finite density.
+            ValueError: no draw has a finite density; ``num_workers`` > 1 and no processes can be forked.
+            RuntimeError: the process of a replica was killed.
         """
         self._verdict = None
         for replica in self.replicas:
             replica.stopping = self.stopping  # whose budget may have grown since
-            replica._run(args, kwargs)
+        num_workers = num_processes(self.num_workers, len(self.replicas), (*args, *kwargs.values()))
+        if num_workers > 1:
+            self._run_at_once(args, kwargs, num_workers)
+        else:
+            for replica in self.replicas:
+                replica._run(args, kwargs)
+
+    def _run_at_once(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_workers: int) -> None:
+        """Train all replicas that are not finished, each in a process of its own."""
+        for replica in self.replicas:
+            with replica._own_rng():
+                replica._bind(args, kwargs)
+                replica._reopen_if_budget_grew()
+        left = [replica for replica in self.replicas if not replica.schedule.finished]
+        tasks = [Task(r._label, partial(r._run_apart, args, kwargs), r._content) for r in left]
+        with deferred_interrupt() as interrupted, contextlib.ExitStack() as bars:
+            lines = reversed([*enumerate(left)])  # the first is closed first, or they would end in reverse order
+            shows = [bars.enter_context(replica._bar(line)) for line, replica in lines][::-1]
+            outcomes = train_in_processes(tasks, num_workers, interrupted, shows)
+            for replica, outcome in zip(left, outcomes, strict=True):
+                if outcome.state is not None:
+                    with replica._own_rng():
+                        replica._become(outcome.state, replica._density())
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        if not all(replica.schedule.finished for replica in left):
+            rounds = ", ".join(str(len(replica.history)) for replica in self.replicas)
+            raise KeyboardInterrupt(
+                f"stopped after {rounds} rounds of the replicas; run() with the same arguments goes on"
+            )
+
+    def _run_apart(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        interrupted: Callable[[], bool],
+        show: Callable[[Progress], None],
+    ) -> None:
+        """Train this one replica, bound by its parent, in a process of its own."""
+        self.replicas = (self,)  # what stands here of the others is old, and their files are theirs to write
+        with self._own_rng():
+            self._train(args, kwargs, interrupted, show)
+        if self.schedule.finished:
+            self._warn_of_nan()
+        self._save_if_asked(force=True)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Train this one replica."""
+        """Train this one replica, here."""
         with self._own_rng():
             self._bind(args, kwargs)
             self._reopen_if_budget_grew()
             if self.schedule.finished:
                 return
-            self._pool_of_draws = None
-            with deferred_interrupt() as interrupted, self._progress(interrupted) as report:
-                while not self.schedule.finished:
-                    with contextlib.suppress(_SeedingStopped):
-                        self._step(args, kwargs, report)
-                    if interrupted():
-                        break
+            with deferred_interrupt() as interrupted, self._bar() as show:
+                self._train(args, kwargs, interrupted, show)
                 if not self.schedule.finished:
                     self._save_if_asked(force=True)
                     raise KeyboardInterrupt(
@@ -232,6 +284,33 @@ class DiffusionSampler:
                     )
             self._warn_of_nan()
         self._save_if_asked(force=True)
+
+    def _train(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        interrupted: Callable[[], bool],
+        show: Callable[[Progress], None],
+    ) -> None:
+        """Steps until training ends, or until ``interrupted()``."""
+
+        def seeding(beta: float) -> None:
+            if interrupted():
+                raise _SeedingStopped
+            show(self._standing(f"seeding, β={beta:.2g}" if beta > 0 else "seeding, looking for modes"))
+
+        self._pool_of_draws = None
+        self.objective.on_seeding = seeding
+        try:
+            while not self.schedule.finished:
+                with contextlib.suppress(_SeedingStopped):
+                    self._step(args, kwargs, lambda info: show(self._standing()))
+                if interrupted():
+                    break
+        finally:
+            self.objective.on_seeding = None
+        if self.schedule.finished:
+            show(self._standing())
 
     @contextmanager
     def _own_rng(self) -> Iterator[None]:
@@ -383,38 +462,21 @@ class DiffusionSampler:
             counted.density, counted.gradient, counted.not_a_number = before
             raise
 
-    @contextmanager
-    def _progress(self, interrupted: Callable[[], bool]) -> Iterator[Callable[[RoundInfo], None]]:
-        spent = self.history[-1].density_evaluations if self.history else 0
-        with tqdm(
-            total=self.stopping.max_evaluations, initial=spent, unit="eval", disable=self.disable_progbar,
-            desc=f"{self._label}training", dynamic_ncols=True, mininterval=0.5,
-        ) as bar:  # fmt: skip
+    def _bar(self, line: int | None = None) -> contextlib.AbstractContextManager[Callable[[Progress], None]]:
+        return progress_bar(self._label, self._standing(), disable=self.disable_progbar, position=line)
 
-            def report(info: RoundInfo) -> None:
-                bar.total = self.stopping.max_evaluations + self.objective.state.seeding
-                bar.set_description(f"{self._label}training", refresh=False)
-                bar.set_postfix_str(
-                    f"round {info.round}, γ={info.gamma:.2f}, ESS={info.ess:.2f}, k̂={info.khat:.2f}, "
-                    f"log Z={info.log_evidence:.2f}±{info.log_evidence_se:.2f}",
-                    refresh=False,
-                )
-                bar.update(info.density_evaluations - bar.n)
-
-            def seeding(beta: float) -> None:
-                if interrupted():
-                    raise _SeedingStopped
-                what = f"seeding, β={beta:.2g}" if beta > 0 else "seeding, looking for modes"
-                bar.set_description(f"{self._label}{what}")
-
-            self.objective.on_seeding = seeding
-            try:
-                yield report
-            finally:
-                self.objective.on_seeding = None
-            if self.schedule.finished:
-                bar.total = bar.n
-                bar.refresh()
+    def _standing(self, doing: str = "training") -> Progress:
+        """Where training stands, to be shown."""
+        budget = self.stopping.max_evaluations + self.objective.state.seeding
+        if not self.history:
+            return Progress(0, budget, doing)
+        info = self.history[-1]
+        spent = info.density_evaluations
+        figures = (
+            f"round {info.round}, γ={info.gamma:.2f}, ESS={info.ess:.2f}, k̂={info.khat:.2f}, "
+            f"log Z={info.log_evidence:.2f}±{info.log_evidence_se:.2f}"
+        )
+        return Progress(spent, spent if self.schedule.finished else budget, doing, figures)
 
     # -- draws -------------------------------------------------------------------------------------------------
 
@@ -661,6 +723,10 @@ class DiffusionSampler:
                 replica._save(_beside(path, chain))
 
     def _save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state of this one replica."""
+        write_checkpoint(path, self._content())
+
+    def _content(self) -> dict[str, Any]:
         """The state of this one replica."""
         if self._optimiser is None:
             raise ValueError("there is nothing to save: call run(...) first")
@@ -670,26 +736,23 @@ class DiffusionSampler:
             for r in state.buffer.rounds
         ]
         rng = self._rng_state() if self._running or self._rng is None else self._rng
-        write_checkpoint(
-            path,
-            {
-                "settings": self._settings(),
-                "sites": {site.name: list(site.unconstrained_shape) for site in density.sites},
-                "seed": self.seed,
-                "guide": {k: v.detach() for k, v in self.guide.state_dict().items()},
-                "optimiser": self._optimiser.state_dict(),
-                "rng": rng,
-                "rounds": rounds,
-                "steps": state.steps,
-                "loss_sum": state.loss_sum,
-                "seconds": state.seconds,
-                "population": None if state.population is None else list(state.population),
-                "seeding": state.seeding,
-                "history": [list(info) for info in state.history],
-                "evaluations": list(astuple(density.evaluations)),
-                "schedule": list(self.schedule),
-            },
-        )
+        return {
+            "settings": self._settings(),
+            "sites": {site.name: list(site.unconstrained_shape) for site in density.sites},
+            "seed": self.seed,
+            "guide": {k: v.detach() for k, v in self.guide.state_dict().items()},
+            "optimiser": self._optimiser.state_dict(),
+            "rng": rng,
+            "rounds": rounds,
+            "steps": state.steps,
+            "loss_sum": state.loss_sum,
+            "seconds": state.seconds,
+            "population": None if state.population is None else list(state.population),
+            "seeding": state.seeding,
+            "history": [list(info) for info in state.history],
+            "evaluations": list(astuple(density.evaluations)),
+            "schedule": list(self.schedule),
+        }
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read a state written by :meth:`save`; the next :meth:`run` checks that model and data are the same.
@@ -729,19 +792,27 @@ class DiffusionSampler:
         sites = {site.name: list(site.unconstrained_shape) for site in density.sites}
         if content["sites"] != sites:
             raise CheckpointError(f"the checkpoint belongs to a model with the sites {content['sites']}, not {sites}")
+        self._check_data(self._rounds(content, density), density)
+        self._become(content, density)
+
+    @staticmethod
+    def _rounds(content: dict[str, Any], density: ModelDensity) -> tuple[Round, ...]:
         to = {"dtype": density.dtype, "device": density.device}
-        rounds = tuple(
+        return tuple(
             Round(_draws_on(r["draws"], to), r["weight"].to(**to), r["gamma"], r["num_guide"])
             for r in content["rounds"]
         )
-        self._check_data(rounds, density)
+
+    def _become(self, content: dict[str, Any], density: ModelDensity) -> None:
+        """Take over a state of this model on these data, generators included."""
+        to = {"dtype": density.dtype, "device": density.device}
         self._pool_of_draws = None
         self.guide.load_state_dict(content["guide"])
         if self._optimiser is not None:
             self._optimiser.load_state_dict(content["optimiser"])
         history = tuple(RoundInfo(*info) for info in content["history"])
         self.objective.state = TrainingState(
-            Buffer(rounds),
+            Buffer(self._rounds(content, density)),
             content["steps"],
             content["loss_sum"],
             history,

@@ -21,6 +21,7 @@ LAYERS = {
     "model": 3, "examples": 3,
     "objectives": 4, "guides": 4, "diagnostics": 4,
     "sampler": 5, "checkpoint": 5, "stopping": 5, "replicas": 5, "refine": 5,
+    "progress": 5, "parallel_training": 5,
     "__main__": 6, "demo": 6, "bench": 6, "": 6,
 }  # fmt: skip
 PLAIN_TORCH = 2  # the highest layer that must work without Pyro

@@ -159,7 +159,7 @@ def assert_equal_states(mine, theirs):
 
 @pytest.mark.parametrize("chain", [0, 1, 2])
 def test_interrupted_and_run_again(three, chain):
-    sampler = make(num_chains=3)
+    sampler = make(num_chains=3, num_workers=1)
     interrupted_at(sampler, chain, 17, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match="stopped after"):
         sampler.run(DATA)
@@ -172,7 +172,7 @@ def test_interrupted_and_run_again(three, chain):
 @pytest.mark.parametrize("chain", [0, 1])
 def test_stopped_and_resumed_from_files(three, chain, tmp_path):
     path = tmp_path / "run.ckpt"
-    stopped = make(num_chains=3, checkpoint=path)
+    stopped = make(num_chains=3, num_workers=1, checkpoint=path)
     interrupted_at(stopped, chain, 17, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         stopped.run(DATA)
