@@ -23,8 +23,8 @@ Source: "E(n) Equivariant Graph Neural Networks" https://arxiv.org/abs/2102.0984
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from pyro_sm.mean_free import helmert
 from pyro_sm.nn.mlp import NoiseEmbedding, level_features
+from pyro_sm.nn.pieces import in_pieces
 
 _REACH = 4.0  # distances, scaled to unit size, that bumps can tell apart
 _SMALLEST = 1e-12  # squared distance of two particles in one place, whose gradient would be NaN
@@ -96,18 +97,14 @@ class EquivariantNetwork(nn.Module):
         ratio = torch.exp(4 * c)
         step = (ratio / torch.sqrt(1 + ratio.square()))[:, None, None]
         rows_in_cache = max(1, _NUMBERS_IN_CACHE // (self.pairs.shape[0] * self.start.out_features))
-        if x.device.type != "cpu" or x.shape[0] <= rows_in_cache:
-            return self._trunk(x, condition, step)
-        pieces = [
-            part.split(rows_in_cache) if part.shape[0] > 1 else itertools.repeat(part) for part in (condition, step)
-        ]
-        return torch.cat([self._trunk(*parts) for parts in zip(x.split(rows_in_cache), *pieces, strict=False)])
+        return in_pieces(self._trunk, x, [condition, step], rows_in_cache)
 
-    def _trunk(self, x: Tensor, condition: Tensor, step: Tensor) -> Tensor:
+    def _trunk(self, x: Tensor, levels: Sequence[Tensor]) -> Tensor:
         """``x`` (B, D) to (B, 2D).
 
-        ``condition``: what is known of level and context, (B, ·); ``step``: ``s``, (B, 1, 1); or one row of each.
+        ``levels``: what is known of level and context, (B, ·), and ``s``, (B, 1, 1); or one row of each.
         """
+        condition, step = levels
         z = x.unflatten(-1, (self.num_particles - 1, self.space_dim))
         pairs, joined, basis = self.pairs.to(x), self.joined.to(x), self.helmert.to(x)
         position = basis @ z

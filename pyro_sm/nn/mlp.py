@@ -5,6 +5,8 @@ r"""A residual multilayer perceptron that knows the noise level and, if there is
 all rows share one; context (B, C), or (C,) where all rows share one, or None; returns (B, O). The last layer starts
 at zero, so the untrained network returns zero everywhere.
 
+Beside it, for many latents, each has a small network of its own (``per_latent.py``); what comes out is the sum.
+
 Only ``h ↦ h + W silu(h (1 + scale) + shift)`` knows the point. Where all rows share level and context, as they do in
 every step of a sampler, scale and shift are one row: half of the work is saved.
 
@@ -14,7 +16,6 @@ Source: "Elucidating the Design Space of Diffusion-Based Generative Models" http
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pyro_sm.nn.per_latent import PerLatent
+from pyro_sm.nn.pieces import in_pieces
+
 # So many rows at a time: their activations stay in the cache of a core, and calls are still few enough not to count.
 _ROWS_IN_CACHE = 2048
+_FEW_LATENTS, _LATENT_WIDTH = 10, 16
 
 
 class NoiseEmbedding(nn.Module):
@@ -66,6 +71,7 @@ class ResidualMLP(nn.Module):
         width: hidden units.
         depth: residual blocks.
         context_dim: C, or 0 for none.
+        latent_width: hidden units of each latent's own network, or 0 to go without; then O is a multiple of D.
         condition_width: size of what noise level and context are squeezed into; wider only costs time.
     """
 
@@ -77,6 +83,7 @@ class ResidualMLP(nn.Module):
         width: int = 128,
         depth: int = 3,
         context_dim: int = 0,
+        latent_width: int = 0,
         condition_width: int = 32,
     ) -> None:
         super().__init__()
@@ -92,17 +99,17 @@ class ResidualMLP(nn.Module):
         for layer in (self.last, self.skip):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.own: PerLatent | None = None
+        if latent_width:
+            self.own = PerLatent(dim, out_dim, width=latent_width, condition_width=condition_width)
 
     def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
         """Evaluate; see the head of the file for shapes."""
         features = level_features(self.embedding, c, context, self.context_dim)
         condition = self.condition(features)
         levels = [self.skip(condition), *(modulation(condition) for modulation in self.modulation)]
-        # An accelerator wants all rows at once.
-        if x.device.type != "cpu" or x.shape[0] <= _ROWS_IN_CACHE:
-            return self._trunk(x, levels)
-        pieces = [level.split(_ROWS_IN_CACHE) if level.shape[0] > 1 else itertools.repeat(level) for level in levels]
-        return torch.cat([self._trunk(rows, at) for rows, *at in zip(x.split(_ROWS_IN_CACHE), *pieces, strict=False)])
+        joint = in_pieces(self._trunk, x, levels, _ROWS_IN_CACHE)
+        return joint if self.own is None else joint + self.own(x, condition)
 
     def _trunk(self, x: Tensor, levels: Sequence[Tensor]) -> Tensor:
         """What knows the point: ``x`` (B, D) to (B, O).
@@ -134,10 +141,25 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True)
 class MLP:
-    """:class:`ResidualMLP` of this width and depth."""
+    """:class:`ResidualMLP` of this width and depth.
+
+    Args:
+        width: hidden units.
+        depth: residual blocks.
+        latent_width: hidden units of each latent's own network, or 0 to go without; by default 16, and none for up to
+            ten latents, which the joint network can tell apart.
+
+    Raises:
+        ValueError: ``latent_width`` is negative.
+    """
 
     width: int = 128
     depth: int = 3
+    latent_width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.latent_width is not None and self.latent_width < 0:
+            raise ValueError(f"expected latent_width >= 0, found {self.latent_width}")
 
     @property
     def isotropic(self) -> bool:
@@ -146,4 +168,9 @@ class MLP:
 
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
         """The network."""
-        return ResidualMLP(dim, out_dim, width=self.width, depth=self.depth, context_dim=context_dim)
+        own = self.latent_width
+        if own is None:
+            own = _LATENT_WIDTH if dim > _FEW_LATENTS else 0
+        return ResidualMLP(
+            dim, out_dim, width=self.width, depth=self.depth, context_dim=context_dim, latent_width=own
+        )
