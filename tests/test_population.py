@@ -53,7 +53,7 @@ def untrained():
 def particles_at(z):
     density = FunctionDensity(log_prob, 2)
     log_p, score = density.log_prob_and_score(z)
-    return density, Particles(z, log_p, score, torch.tensor(0.5))
+    return density, Particles(z, log_p, score, torch.tensor(0.5), torch.tensor(0.0))
 
 
 # -------------------------------------------------------------------------------------------------- is it exact?
@@ -121,7 +121,7 @@ def test_seeds_are_draws_of_the_target_and_counted():
 def test_the_population_counts_like_a_round_and_a_silent_round_not_at_all():
     draws = Draws(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4))
     silent = Round(draws, torch.zeros(4), 0.1, 4)
-    particles = Particles(torch.ones(2, 2), torch.zeros(2), torch.zeros(2, 2), torch.tensor(1.0))
+    particles = Particles(torch.ones(2, 2), torch.zeros(2), torch.zeros(2, 2), torch.tensor(1.0), torch.tensor(0.0))
     buffer = Buffer((silent, as_round(particles)))
     assert torch.equal(buffer.weights(), torch.tensor([0.0, 0, 0, 0, 0.5, 0.5]))
     assert int(buffer.pick(buffer.weights(), torch.tensor([0.0]))) == 4

@@ -6,6 +6,7 @@ tempering.
 """
 
 from pyro_sm.corrections.annealing_path import Bridge, Power, PriorStart
+from pyro_sm.corrections.crossover import Crossover
 from pyro_sm.corrections.importance import Correction, DampedResampling, ImportanceResampling, Raw
 from pyro_sm.corrections.local_moves import LocalMoves, Moved
 from pyro_sm.corrections.metropolis import IndependentMetropolis
@@ -18,6 +19,7 @@ from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 __all__ = [
     "Bridge",
     "Correction",
+    "Crossover",
     "DampedResampling",
     "HamiltonianMove",
     "ImportanceResampling",

@@ -4,15 +4,16 @@ r"""Tempered sequential Monte Carlo: particles carried from a start ``b`` to the
     ``p_β(z) ∝ b(z)^{1−β} p̃(z)^β``,   ``0 = β_0 < … < β_T = 1``.
 
 At each temperature the particles are weighted by ``w = (p̃/b)^{β_t − β_{t−1}}``, resampled, and moved by moves that
-leave ``p_{β_t}`` as it is, in the metric of their scores (``metric.py``). The next β is the largest for which the
-weights keep an effective share of the particles.
+leave ``p_{β_t}`` as it is, in the metric of their scores (``metric.py``); they may exchange latents, too
+(``crossover.py``). The next β is the largest for which the weights keep an effective share of the particles.
 ``Π_t mean(w)`` estimates ``Z`` without bias when the schedule is fixed (with the adaptive one, nearly). Only the
 density of the *target* is counted: one value and one gradient per particle and leapfrog step.
 
 Its error comes from the genealogy. With ``W_e`` the share of the last weights that descends from the first particle
 ``e``, ``var(Ẑ)/Z² ≈ (Σ_e W_e² − 1/N) N/(N−1)``. With one temperature this is the error of importance sampling. Few
 surviving lines mean an error that cannot be told; with one there is no estimate. It takes the moves to mix at every
-temperature: where they do not, it is too small.
+temperature: where they do not, it is too small. A particle that has taken latents over is counted as a descendant of
+its own line all the same.
 
 What it cannot do: carry particles between modes once barriers have risen. The share of a mode is what resampling
 left of it, so rare modes are noisy, and lost for good if no particle is near when they separate; no estimate of the
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from pyro_sm.base import Density
 from pyro_sm.corrections.annealing_path import Bridge, OnPath, Points, Start
+from pyro_sm.corrections.crossover import Crossover
 from pyro_sm.corrections.metric import Metric, fisher_metric
 from pyro_sm.corrections.moves import HamiltonianMove
 from pyro_sm.weights import damping, effective_sample_size, log_mean_exp, resample
@@ -93,6 +95,7 @@ class TemperedSMC:
         move: how to move.
         effective_share: what the weights of a temperature step must leave of the particles, in (0, 1).
         max_temperatures: a guard against densities that cannot be reached.
+        crossover: when particles exchange latents, once at every temperature; None for never.
 
     Raises:
         ValueError: a count that is not positive, or a share outside (0, 1).
@@ -103,6 +106,7 @@ class TemperedSMC:
     move: HamiltonianMove = field(default_factory=HamiltonianMove)
     effective_share: float = 0.5
     max_temperatures: int = 500
+    crossover: Crossover | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_particles", "num_moves", "max_temperatures"):
@@ -127,6 +131,7 @@ class TemperedSMC:
         step_size = torch.ones((), dtype=points.z.dtype, device=points.z.device)
         beta, log_evidence, error = 0.0, 0.0, 0.0
         history: list[Temperature] = []
+        crossing = self.crossover is not None and self.crossover.begins(*points.z.shape)
         while beta < 1:
             if len(history) == self.max_temperatures:
                 raise ValueError(f"β = {beta:.3g} after {len(history)} temperatures: start closer to the density")
@@ -143,6 +148,10 @@ class TemperedSMC:
             index = resample(log_w, n)
             points, ancestor = points.at(index), ancestor[index]
             points, step_size, acceptance = self._moved(on_path, points, step_size, metric)
+            if crossing and self.crossover is not None:
+                exchange = self.crossover.apply(on_path, path.chains(points, on_path.beta))
+                points = on_path.last.where(exchange.accepted, points)
+                crossing = self.crossover.goes_on(exchange.acceptance.mean())
             effective, lines = effective_sample_size(log_w) / n, len(ancestor.unique())
             history.append(Temperature(beta, effective, acceptance, float(step_size), log_evidence, lines))
             if progress is not None:

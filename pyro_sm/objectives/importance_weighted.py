@@ -124,8 +124,8 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     def evaluations_per_round(self) -> int:
         """Density evaluations of a round and the steps that follow it."""
         own = self.num_particles + self.steps_per_round * self.batch_size * self.weighting.num_inner
-        moved = self.population is not None and self.state.population is not None
-        return own + (self.population.evaluations_per_round if moved and self.population else 0)
+        settings, particles = self.population, self.state.population
+        return own + (settings.evaluations_of(particles) if settings is not None and particles is not None else 0)
 
     @property
     def evaluations(self) -> Evaluations:

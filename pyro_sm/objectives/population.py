@@ -11,7 +11,8 @@ with weights that look good in the end. So the training data come from elsewhere
 2. *Exchange.* In every round each particle is offered one of the round's weighted draws, and takes it with
    probability ``min(1, w'/w)``: independent Metropolis on path space, where ``w`` of a particle is that of a freshly
    noised path from it. This is exact whatever the sampler; when it fits, shares are corrected, without any damping.
-3. *Moves.* A few Hamiltonian moves of every particle, so that training never sees the same population twice.
+3. *Moves.* A few Hamiltonian moves of every particle, so that training never sees the same population twice; where
+   there are many latents that have little to do with each other, particles exchange some (``crossover.py``).
 
 The round's own draws join the training data when they hardly need damping any more.
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
 from pyro_sm.corrections.annealing_path import PriorStart, Start
+from pyro_sm.corrections.crossover import Crossover
 from pyro_sm.corrections.metric import fisher_metric
 from pyro_sm.corrections.mode_search import ModeSearch
 from pyro_sm.corrections.moves import Chains, HamiltonianMove
@@ -42,12 +44,14 @@ from pyro_sm.weights import pareto_smooth
 
 
 class Particles(NamedTuple):
-    """``z`` (M, D) with ``log_p`` (M,), nats, and ``score`` (M, D); ``step_size`` () of their moves."""
+    """``z`` (M, D) with ``log_p`` (M,), nats, and ``score`` (M, D); ``step_size`` () of their moves; whether they
+    exchange latents, ``crossing`` (), 1 or 0."""
 
     z: Tensor
     log_p: Tensor
     score: Tensor
     step_size: Tensor
+    crossing: Tensor
 
 
 class Seeds(NamedTuple):
@@ -63,7 +67,8 @@ class Population:
 
     Args:
         num_particles: M.
-        num_moves: moves of every particle in every round; each costs M evaluations per leapfrog step.
+        num_moves: moves of every particle in every round; each costs M evaluations per leapfrog step. If the seeding
+            has a crossover, an exchange of latents follows, at M evaluations, while it is accepted.
         move: how to move.
         seeding: the tempered sampler that makes the first particles; its own number of particles is M.
         modes: the search that adds modes to the start of the seeding, or None to go without it.
@@ -85,7 +90,7 @@ class Population:
     num_moves: int = 1
     move: HamiltonianMove = field(default_factory=HamiltonianMove)
     seeding: TemperedSMC = field(
-        default_factory=lambda: TemperedSMC(num_particles=2048, num_moves=5, effective_share=0.7)
+        default_factory=lambda: TemperedSMC(2048, num_moves=5, effective_share=0.7, crossover=Crossover())
     )
     modes: ModeSearch | None = field(default_factory=ModeSearch)
     min_khat: float = 8.0
@@ -106,10 +111,9 @@ class Population:
                 f"{self.seeding.num_particles}"
             )
 
-    @property
-    def evaluations_per_round(self) -> int:
-        """Density and gradient evaluations of the moves of one round."""
-        return self.num_particles * self.num_moves * self.move.num_leapfrog
+    def evaluations_of(self, particles: Particles) -> int:
+        """Density and gradient evaluations of what these do in one round."""
+        return self.num_particles * (self.num_moves * self.move.num_leapfrog + int(particles.crossing))
 
     def needed(self, log_weight: Tensor, dim: int) -> bool:
         """Whether weights (N,), nats, of the first round leave so little that particles must teach; ``dim``: D."""
@@ -135,7 +139,9 @@ class Population:
             start, modes = self.modes.find(density, start, progress=lambda: tell(0.0))
         found = self.seeding.run(density, start, progress=lambda temperature: tell(temperature.beta))
         step = torch.as_tensor(found.history[-1].step_size, dtype=found.z.dtype, device=found.z.device)
-        particles = Particles(found.z, found.log_p, found.score, step)
+        crossover = self.seeding.crossover
+        crossing = torch.tensor(float(crossover is not None and crossover.begins(*found.z.shape))).to(step)
+        particles = Particles(found.z, found.log_p, found.score, step, crossing)
         return Seeds(particles, None if modes is None else modes.nearest(found.z))
 
     def exchanged(
@@ -164,11 +170,10 @@ class Population:
             return particles, rate
         into, z = holder[taken], draws.z[offered[taken]]
         log_p, score = density.log_prob_and_score(z)
-        replaced = Particles(
-            particles.z.index_copy(0, into, z),
-            particles.log_p.index_copy(0, into, log_p),
-            particles.score.index_copy(0, into, score),
-            particles.step_size,
+        replaced = particles._replace(
+            z=particles.z.index_copy(0, into, z),
+            log_p=particles.log_p.index_copy(0, into, log_p),
+            score=particles.score.index_copy(0, into, score),
         )
         return replaced, rate
 
@@ -180,7 +185,12 @@ class Population:
             metric = fisher_metric(chains.score)
             move = metric.moved(self.move, density.log_prob_and_score, chains, step)
             chains, step = move.chains, self.move.adapted(step, move.acceptance.mean(), rate=0.3)
-        return Particles(*chains, step)
+        crossing = particles.crossing
+        if self.seeding.crossover is not None and bool(crossing):
+            exchange = self.seeding.crossover.apply(density.log_prob_and_score, chains)
+            chains = exchange.chains
+            crossing = torch.full_like(crossing, self.seeding.crossover.goes_on(exchange.acceptance.mean()))
+        return Particles(*chains, step, crossing)
 
 
 def as_round(particles: Particles) -> Round:
