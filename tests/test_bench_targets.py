@@ -57,7 +57,7 @@ def test_every_method_fits_and_counts(name: str) -> None:
         assert fit.samples.shape[0] == 200
         assert fit.log_weight is not None
         assert fit.log_weight.shape == (800,)
-        moves = 200 * 201 if name == "iwsm-moves" else 0
+        moves = 200 * 1001 if name == "iwsm-moves" else 0
         assert (fit.drawing.density, fit.drawing.gradient) == (800 + moves, moves)
         assert fit.log_evidence_se is not None
         assert abs(fit.log_evidence or 0.0) < 6 * fit.log_evidence_se + 0.3
