@@ -167,6 +167,10 @@ def _are_particles(target: Target) -> TypeGuard[DoubleWellParticles | LennardJon
     return isinstance(target, DoubleWellParticles | LennardJones)
 
 
+def _are_many_particles(target: Target) -> bool:
+    return _are_particles(target) and target.particles.num_particles > _LARGE
+
+
 def _guide(target: Target, model: Callable[[], None]) -> AutoDiffusion:
     """The start as its base and everything else at its default.
 
@@ -217,7 +221,7 @@ class PathObjective:
         steps = _PARTICLE_STEPS if _are_particles(target) else _STEPS
         if not self.plain:
             population = Population(num_moves=_DROPLET_MOVES) if isinstance(target, LennardJones) else Population()
-            if _are_particles(target) and target.particles.num_particles > _LARGE:
+            if _are_many_particles(target):
                 move = HamiltonianMove(_LEAPFROG)
                 seeding = TemperedSMC(_LARGE_POPULATION, _DROPLET_MOVES, move, effective_share=0.7)
                 return ImportanceWeightedScoreMatching(
@@ -428,7 +432,7 @@ class Variational:
 
 @dataclass(frozen=True)
 class Tempered:
-    """:class:`~pyro_sm.corrections.tempered.TemperedSMC` from the start, at its defaults.
+    """:class:`~pyro_sm.corrections.tempered.TemperedSMC` from the start, at its defaults; longer moves for clusters.
 
     A pilot with few particles finds the number of temperatures; the run then has as many particles as the rest of the
     budget pays for. If it pays for no more than the pilot had, the pilot is the result: what was spent is counted.
@@ -447,14 +451,16 @@ class Tempered:
         meter = Meter()
         density = ModelDensity(_model(target), ())
         start = GaussianDensity(target.start.loc, torch.diag(target.start.scale))
-        pilot = TemperedSMC(num_particles=max(int(self.pilot_share * budget.evaluations / 500), 32))
+        move = HamiltonianMove(_LEAPFROG if _are_many_particles(target) else 1)
+        per_pilot = 500 * move.num_leapfrog
+        pilot = TemperedSMC(max(int(self.pilot_share * budget.evaluations / per_pilot), 32), move=move)
         found: TemperedParticles = pilot.run(density, start)
         spent = density.evaluations.density
         # Between room for one temperature more and none: a schedule that adapts has not always the same length.
         per_particle = spent / pilot.num_particles * (1 + 0.5 / len(found.history))
         num_particles = int((budget.evaluations - spent) / per_particle)
         if num_particles > pilot.num_particles:
-            found = TemperedSMC(num_particles=num_particles).run(density, start)
+            found = TemperedSMC(num_particles, move=move).run(density, start)
         training = meter.look(density.evaluations)
         note = f"{found.z.shape[0]} particles, {len(found.history)} temperatures"
         return Fit(
