@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pyro_sm.base import Draws, Evaluations
 from pyro_sm.bench.target_baselines import PathLogVariance, UnitWeights
-from pyro_sm.corrections import DampedResampling, HamiltonianMove, ImportanceResampling, LocalMoves
+from pyro_sm.corrections import Crossover, DampedResampling, HamiltonianMove, ImportanceResampling, LocalMoves
 from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 from pyro_sm.density import GaussianDensity
 from pyro_sm.diagnostics import draw_from_guide
@@ -432,7 +432,7 @@ class Variational:
 
 @dataclass(frozen=True)
 class Tempered:
-    """:class:`~pyro_sm.corrections.tempered.TemperedSMC` from the start, at its defaults; longer moves for clusters.
+    """:class:`~pyro_sm.corrections.tempered.TemperedSMC` from the start, with crossover; longer moves for clusters.
 
     A pilot with few particles finds the number of temperatures; the run then has as many particles as the rest of the
     budget pays for. If it pays for no more than the pilot had, the pilot is the result: what was spent is counted.
@@ -453,14 +453,15 @@ class Tempered:
         start = GaussianDensity(target.start.loc, torch.diag(target.start.scale))
         move = HamiltonianMove(_LEAPFROG if _are_many_particles(target) else 1)
         per_pilot = 500 * move.num_leapfrog
-        pilot = TemperedSMC(max(int(self.pilot_share * budget.evaluations / per_pilot), 32), move=move)
+        num_pilot = max(int(self.pilot_share * budget.evaluations / per_pilot), 32)
+        pilot = TemperedSMC(num_pilot, move=move, crossover=Crossover())
         found: TemperedParticles = pilot.run(density, start)
         spent = density.evaluations.density
         # Between room for one temperature more and none: a schedule that adapts has not always the same length.
         per_particle = spent / pilot.num_particles * (1 + 0.5 / len(found.history))
         num_particles = int((budget.evaluations - spent) / per_particle)
         if num_particles > pilot.num_particles:
-            found = TemperedSMC(num_particles, move=move).run(density, start)
+            found = TemperedSMC(num_particles, move=move, crossover=Crossover()).run(density, start)
         training = meter.look(density.evaluations)
         note = f"{found.z.shape[0]} particles, {len(found.history)} temperatures"
         return Fit(
