@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks of the latents' own, beside the joint one: the formula, who knows whom, and what it is good for."""
 
+import copy
+
+import pyro
 import pytest
 import torch
 from test_denoiser import NoiseEmbedding, random_network
 
 from pyro_sm.denoiser import Denoiser
 from pyro_sm.divergence import Exact
+from pyro_sm.examples.improper import factor_model
+from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.nn import per_latent
 from pyro_sm.nn.mlp import MLP, level_features
 from pyro_sm.nn.per_latent import PerLatent
@@ -136,3 +141,39 @@ def test_independent_latents_are_learned_by_networks_of_their_own():
         return float((mean[:, ::2] - (share * grid).sum(-1)).square().mean())
 
     assert error(16) < 0.35 * error(0)
+
+
+def widths(guide):
+    """The widths of the latents' own network, or None; by the number of weights and by the skeleton alike."""
+    own = guide._skeleton[0].own
+    assert guide.network_weights.numel() == sum(p.numel() for p in guide._skeleton[0].parameters())
+    return None if own is None else own.slope.shape
+
+
+@pytest.mark.parametrize(("tilt", "expected"), [(0.0, (12, 16)), (0.1, None)])
+def test_a_base_that_mixes_the_latents_leaves_them_nothing_of_their_own(tilt, expected):
+    """And so it stays when the base moves, in a copy, and in a guide made from the state alone."""
+    pyro.clear_param_store()
+    tril = torch.eye(12)
+    tril[3, 1] = tilt
+    model = factor_model(lambda x: -0.5 * x.square().sum(-1), 12)
+    guide = AutoDiffusion(model, base=GivenBase(torch.zeros(12), tril), num_steps=4)
+    guide.setup(model, (), {})
+    assert widths(guide) == expected
+    state = {name: value.detach().clone() for name, value in guide.state_dict().items()}
+    assert guide.rebase(3 * torch.randn(400, 12) @ torch.randn(12, 12))
+    assert widths(guide) == widths(copy.deepcopy(guide)) == expected
+    moved = {name: value.detach().clone() for name, value in guide.state_dict().items()}
+    for content in (state, moved):
+        pyro.clear_param_store()
+        loaded = AutoDiffusion(model, num_steps=4)
+        loaded.load_state_dict(content)
+        assert widths(loaded) == expected
+    pyro.clear_param_store()
+    asked = AutoDiffusion(
+        model, base=GivenBase(torch.zeros(12), tril), num_steps=4, architecture=MLP(8, 1, latent_width=3)
+    )
+    asked.setup(model, (), {})
+    assert widths(asked) == (12, 3)
+    with pytest.raises(ValueError, match="construct the guide with the architecture"):
+        AutoDiffusion(model, num_steps=4, architecture=MLP(256)).load_state_dict(state)

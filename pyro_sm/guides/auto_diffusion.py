@@ -163,6 +163,7 @@ class AutoDiffusion(AutoContinuous):
         self._skeleton: tuple[nn.Module] | None = None
         self._shapes: list[tuple[str, torch.Size]] = []
         self._dimensions: tuple[int, int] | None = None
+        self._aligned = True
 
     # -- set-up ------------------------------------------------------------------------------------------------
 
@@ -200,10 +201,20 @@ class AutoDiffusion(AutoContinuous):
         with poutine.block():  # NeuTraReparam asks for them, and score matching never calls the guide
             self._create_plates(*args, **kwargs)
 
-    def _build(self, dim: int, context_dim: int) -> nn.Module:
+    def _architecture(self, aligned: bool) -> Architecture:
+        """By default latents have networks of their own only if whitening is ``aligned`` with them.
+
+        A fitted correlated base mixes them, and what is left has nothing of its own.
+        """
+        chosen = self.architecture
+        if isinstance(chosen, MLP) and chosen.latent_width is None and not aligned:
+            return replace(chosen, latent_width=0)
+        return chosen
+
+    def _build(self, dim: int, context_dim: int, *, aligned: bool) -> nn.Module:
         """The network without its weights: a skeleton for ``functional_call``."""
-        network = self.architecture.build(dim, 2 * dim, context_dim)
-        self._skeleton = (network,)
+        network = self._architecture(aligned).build(dim, 2 * dim, context_dim)
+        self._skeleton, self._aligned = (network,), aligned
         self._shapes = [(name, p.shape) for name, p in network.named_parameters()]
         self._dimensions = (dim, context_dim)
         return network
@@ -240,7 +251,8 @@ class AutoDiffusion(AutoContinuous):
 
     def _create_parameters(self, loc: Tensor, scale_tril: Tensor, context_dim: int) -> None:
         dim = loc.shape[0]
-        network = self._build(dim, context_dim)
+        aligned = torch.equal(scale_tril, scale_tril.diagonal().diag())
+        network = self._build(dim, context_dim, aligned=aligned)
         weights = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
         ratios = ratio_levels(self.noise, self.num_steps, dtype=loc.dtype, device=loc.device)
         kernels = gaussian_kernels(ratios, dim)
@@ -442,8 +454,8 @@ class AutoDiffusion(AutoContinuous):
                 return False
             self._move_base(z, found)
             if self._dimensions is not None:
-                weights = torch.cat([p.reshape(-1) for p in self._build(*self._dimensions).parameters()])
-                self.network_weights.copy_(weights)
+                network = self._build(*self._dimensions, aligned=self._aligned)
+                self.network_weights.copy_(torch.cat([p.reshape(-1) for p in network.parameters()]))
         return True
 
     def _may_couple(self) -> bool:
@@ -616,21 +628,30 @@ class AutoDiffusion(AutoContinuous):
         if not self._has_parameters():
             values = {name: state_dict[f"{name}_unconstrained"] for name in _PARAMETERS}
             weights, loc = values["network_weights"], values["base_loc"]
-            self._build(loc.shape[0], self._infer_context_dim(loc.shape[0], weights.numel()))
+            context_dim, aligned = self._infer_network(loc.shape[0], weights.numel())
+            self._build(loc.shape[0], context_dim, aligned=aligned)
             for name, value in values.items():
                 setattr(self, name, PyroParam(value.detach().clone(), constraints.real))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def _infer_context_dim(self, dim: int, num_weights: int) -> int:
-        """Context size whose network has this many weights; the count grows by a fixed step per context entry."""
-        sizes = [sum(p.numel() for p in self.architecture.build(dim, 2 * dim, c).parameters()) for c in (0, 1)]
-        context_dim, rest = divmod(num_weights - sizes[0], max(sizes[1] - sizes[0], 1))
-        if rest or context_dim < 0:
-            raise ValueError(
-                f"the state holds a network of {num_weights} weights; {self.architecture} for {dim} latents has "
-                f"{sizes[0]}: construct the guide with the architecture it was trained with"
-            )
-        return context_dim
+    def _infer_network(self, dim: int, num_weights: int) -> tuple[int, bool]:
+        """Context size and alignment whose network has this many weights.
+
+        The count grows by a fixed step per context entry, which networks of the latents' own are no multiple of.
+        """
+        expected = []
+        for aligned in (True, False):
+            build = self._architecture(aligned).build
+            without, with_one = (sum(p.numel() for p in build(dim, 2 * dim, c).parameters()) for c in (0, 1))
+            context_dim, rest = divmod(num_weights - without, max(with_one - without, 1))
+            if not rest and context_dim >= 0:
+                return context_dim, aligned
+            expected.append(without)
+        sizes = " or ".join(map(str, sorted(set(expected))))
+        raise ValueError(
+            f"the state holds a network of {num_weights} weights; {self.architecture} for {dim} latents has {sizes}: "
+            "construct the guide with the architecture it was trained with"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own version clears the model of the *live* guide; here only the copy loses it.

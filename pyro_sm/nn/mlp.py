@@ -147,7 +147,7 @@ class MLP:
         width: hidden units.
         depth: residual blocks.
         latent_width: hidden units of each latent's own network, or 0 to go without; by default 16, and none for up to
-            ten latents, which the joint network can tell apart.
+            ten latents, which the joint network can tell apart, nor in a guide whose base mixes the latents.
 
     Raises:
         ValueError: ``latent_width`` is negative.
