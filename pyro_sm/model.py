@@ -60,9 +60,9 @@ __all__ = ["Batching", "ModelDensity", "OneByOne", "OuterPlate", "Site", "VMap"]
 
 _MANY_MASKED = 10  # fewer cost next to nothing
 # A million bytes or two of terms of the log density stay in the cache of a core; a run of the model costs a
-# millisecond, whatever the batch.
+# millisecond, whatever the batch, and several under ``vmap``.
 _TERMS_IN_CACHE = 2**18
-_FEWEST_ROWS = 256
+_FEWEST_ROWS, _FEWEST_ROWS_BY_VMAP = 256, 1024
 
 
 def _nothing(z: Tensor) -> Tensor:
@@ -188,14 +188,15 @@ class ModelDensity:
             return self._chunk_size
         bounds = [4096] if self._structure.enumerated or isinstance(self.batching, VMap) else []
         if self.device.type == "cpu":
-            bounds.append(max(_TERMS_IN_CACHE // self._num_terms(), _FEWEST_ROWS))
+            fewest = _FEWEST_ROWS_BY_VMAP if isinstance(self.batching, VMap) else _FEWEST_ROWS
+            bounds.append(max(_TERMS_IN_CACHE // self._num_terms(), fewest))
         return min(bounds, default=None)
 
     def _num_terms(self) -> int:
-        """About how many numbers the log density of one latent goes through: ``pyro.factor`` hides its data."""
+        """About how many numbers the log density of one latent goes through; ``pyro.factor`` hides its data."""
         given = (*self._traced.args, *self._traced.kwargs.values())
-        passed = sum(value.numel() for value in given if isinstance(value, Tensor))
-        return self.dim + max(passed, sum(data.numel() for data in self.observed.values()))
+        data = self.observed.values() or [value for value in given if isinstance(value, Tensor)]
+        return self.dim + sum(values.numel() for values in data)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log p̃`` in nats, ``-inf`` where it is not a number. ``z``: (B, D); returns (B,).

@@ -301,6 +301,7 @@ def test_chunks_change_nothing(name):
         (500, OuterPlate(), "factor", 2**18 // 501),
         (5000, OuterPlate(), "observed", 256),
         (5000, OuterPlate(), "enumerated", 256),
+        (5000, VMap(), "observed", 1024),
     ],
 )
 def test_a_chunk_fits_into_a_cache(num_data, way, kind, rows):
