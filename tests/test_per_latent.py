@@ -177,3 +177,17 @@ def test_a_base_that_mixes_the_latents_leaves_them_nothing_of_their_own(tilt, ex
     assert widths(asked) == (12, 3)
     with pytest.raises(ValueError, match="construct the guide with the architecture"):
         AutoDiffusion(model, num_steps=4, architecture=MLP(256)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("tilt", "expected"), [(0.0, (12, 16)), (0.1, None)])
+def test_a_network_that_begins_anew_is_of_the_same_kind(tilt, expected):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    tril = torch.eye(12)
+    tril[3, 1] = tilt
+    model = factor_model(lambda x: -0.5 * x.square().sum(-1), 12)
+    guide = AutoDiffusion(model, base=GivenBase(torch.zeros(12), tril), num_steps=4)
+    guide.setup(model, (), {})
+    v = 3 * torch.randn(2000, 1)
+    assert guide.straighten(torch.cat([v, torch.exp(v / 2) * torch.randn(2000, 11)], 1))
+    assert widths(guide) == expected
