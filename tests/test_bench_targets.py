@@ -14,20 +14,21 @@ import pytest
 import torch
 from pyro.infer import SVI
 from pyro.optim import SGD
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_sm.__main__ import main
 from pyro_sm.bench import report, target_methods, targets
-from pyro_sm.bench.target_baselines import PathLogVariance, UnitWeights
-from pyro_sm.bench.target_methods import METHODS, Budget, Chains, Tempered
+from pyro_sm.bench.target_baselines import BoundedOutput, PathLogVariance, UnitWeights
+from pyro_sm.bench.target_methods import METHODS, Budget, Chains, InnerObjective, Tempered
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase
+from pyro_sm.nn.egnn import EGNN
 from pyro_sm.objectives import MarginalWeights
 from pyro_sm.objectives.buffer import Buffer, damped_round
 from pyro_sm.objectives.score_matching import draw_step_noise
 from pyro_sm.sampling.defensive import WideComponent, draw_defensively
 from pyro_sm.sampling.diffusion import Diffusion
-from pyro_sm.targets import CoveringGaussian, DoubleWellParticles, HasDraws, UnequalModes
+from pyro_sm.targets import CoveringGaussian, DoubleWellParticles, HasDraws, LennardJones, UnequalModes
 
 BUDGET = 1024
 
@@ -165,6 +166,73 @@ def test_unit_weights_are_marginal_weights_without_the_weight() -> None:
     weight = (weighted - variance) / (unit - variance)
     assert float(weight.mean()) == pytest.approx(1, abs=1e-3)
     assert float(weight.min()) > -1e-3
+
+
+def _turned(network: nn.Module, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log variance of particles in the plane, and of the same turned by 1 and turned back."""
+    angle = torch.ones((), dtype=x.dtype)
+    rotation = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    plain = network(x, level)
+    mean, log_variance = network((x.unflatten(-1, (3, 2)) @ rotation.T).flatten(-2), level).chunk(2, -1)
+    return plain, torch.cat([(mean.unflatten(-1, (3, 2)) @ rotation).flatten(-2), log_variance], -1)
+
+
+@torch.no_grad()
+def test_bounded_output_is_the_networks_while_small_and_never_large() -> None:
+    """Symmetric as the network is; unlike one that is bounded latent by latent."""
+    torch.manual_seed(0)
+    architecture = BoundedOutput(EGNN(4, 2), most=3.0)
+    assert architecture.isotropic
+    network = architecture.build(6, 12, 0).double()
+    x, level = 2 * torch.randn(32, 6, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    assert bool((network(x, level) == 0).all())  # the untrained guide stays its base
+    inner = network.network
+    for weight in inner.parameters():
+        weight.data.add_(1e-4 * torch.randn_like(weight))
+    torch.testing.assert_close(network(x, level), inner(x, level), rtol=1e-4, atol=1e-9)
+    for weight in inner.parameters():
+        weight.data.add_(torch.randn_like(weight))
+    mean, log_variance = network(x, level).chunk(2, -1)
+    raw_mean, raw_log_variance = inner(x, level).chunk(2, -1)
+    assert float(raw_mean.abs().max()) > 1e3
+    # mean(F²) < b², and F keeps its direction.
+    assert float(mean.square().mean(-1).sqrt().max()) <= 3 + 1e-9
+    torch.testing.assert_close(nn.functional.cosine_similarity(mean, raw_mean), torch.ones(32).double())
+    assert float(log_variance.abs().max()) <= 3 + 1e-9
+    assert float(raw_log_variance.abs().max()) > 30
+    plain, back = _turned(network, x, level)
+    torch.testing.assert_close(plain, back)
+
+    class Clipped(nn.Module):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return inner(x, c).clamp(-3, 3)
+
+    plain, back = _turned(Clipped(), x, level)
+    assert not torch.allclose(plain, back, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["reverse-kl", "log-variance"])
+def test_objectives_of_whole_paths_train_on_particles(name: str) -> None:
+    fit = METHODS[name].fit(LennardJones(5), 0, Budget(4 * 64, 10))
+    assert bool(torch.isfinite(fit.samples).all())
+    assert fit.note == "4 steps"
+    assert fit.training.density == 4 * 64
+
+
+def test_without_bounds_they_run_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known wrong variant."""
+    monkeypatch.setattr(target_methods, "BoundedOutput", lambda network: network)
+    with pytest.raises(ValueError, match="nan"):
+        METHODS["reverse-kl"].fit(LennardJones(5), 0, Budget(4 * 64, 10))
+
+
+def test_large_clusters_take_fewer_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_methods, "_LARGE", 4)
+    fit = METHODS["reverse-kl"].fit(LennardJones(5), 0, Budget(32, 10))
+    assert (fit.note, fit.training.density) == ("4 steps", 32)
+    objective = InnerObjective(MarginalWeights())
+    assert objective(LennardJones(5), 400_000).num_particles == 256
+    assert objective(UnequalModes(2), 400_000).num_particles == 2048
 
 
 def _held_variance(process: Any, buffer: Buffer, noise: Any) -> Tensor:

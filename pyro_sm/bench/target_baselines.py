@@ -2,7 +2,8 @@
 r"""Objectives of other papers in this package's terms, so that only the objective differs in a comparison.
 
 * :class:`UnitWeights`: the regression on estimated scores with every weight one (iterated denoising energy matching);
-* :class:`PathLogVariance`: the variance of path log weights.
+* :class:`PathLogVariance`: the variance of path log weights;
+* :class:`BoundedOutput`: a network that cannot run away, for objectives that follow whole paths from the first step.
 
 Sources: "Iterated Denoising Energy Matching" https://arxiv.org/abs/2402.06121 ; "Improved sampling via learned
 diffusions" https://arxiv.org/abs/2307.01198 .
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_sm.base import Density, DiffusionGuide, DiffusionProcess, require
+from pyro_sm.nn.mlp import Architecture
 from pyro_sm.objectives.buffer import Buffer
 from pyro_sm.objectives.score_matching import StepNoise, marginal_estimate
 from pyro_sm.sampling.defensive import Defence, WideComponent
@@ -99,3 +101,44 @@ class PathLogVariance(ELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
         return float(loss.detach())
+
+
+class _Bounded(nn.Module):
+    """See :class:`BoundedOutput`."""
+
+    def __init__(self, network: nn.Module, most: float) -> None:
+        super().__init__()
+        self.network, self.most = network, most
+
+    def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
+        """``(x (B, D), c (B,) or (1,), context) -> (B, 2D)``."""
+        mean, log_variance = self.network(x, c, context).chunk(2, -1)
+        mean = mean / torch.sqrt(1 + mean.square().mean(-1, keepdim=True) / self.most**2)
+        return torch.cat([mean, self.most * torch.tanh(log_variance / self.most)], -1)
+
+
+@dataclass(frozen=True)
+class BoundedOutput:
+    """``architecture`` with ``F / √(1 + mean(F²)/b²)`` for the mean and ``b tanh(h/b)`` for the log variance.
+
+    A message between particles grows with their distance: where a draw is pushed outwards, each kernel pushes it
+    further, and the path is beyond all numbers before its gradient could say so. Regression on noised points never
+    follows a path; reverse KL and log-variance do nothing else. Under the base ``F`` has unit size. Equivariant if
+    the network is.
+
+    Args:
+        architecture: of the network.
+        most: b.
+    """
+
+    architecture: Architecture
+    most: float = 3.0
+
+    @property
+    def isotropic(self) -> bool:
+        """As without bounds."""
+        return self.architecture.isotropic
+
+    def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
+        """The network, bounded."""
+        return _Bounded(self.architecture.build(dim, out_dim, context_dim), self.most)

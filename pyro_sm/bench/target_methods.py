@@ -33,7 +33,7 @@ from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
 from pyro_sm.base import Draws, Evaluations
-from pyro_sm.bench.target_baselines import PathLogVariance, UnitWeights
+from pyro_sm.bench.target_baselines import BoundedOutput, PathLogVariance, UnitWeights
 from pyro_sm.corrections import Crossover, DampedResampling, HamiltonianMove, ImportanceResampling, LocalMoves
 from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 from pyro_sm.density import GaussianDensity
@@ -57,6 +57,7 @@ _PARTICLE_KERNELS, _DROPLET_KERNELS = 96, 64
 # Of large clusters a message passes between 1485 pairs: less of everything, or one round takes an hour.
 _LARGE = 20
 _LARGE_DRAWS, _LARGE_BATCH, _LARGE_POPULATION, _LARGE_STEPS, _LEAPFROG = 256, 64, 512, 600, 10
+_LARGE_PATHS = 8  # whose kernels are all held for a gradient through them: 64 would take tens of gigabytes
 
 
 class Budget(NamedTuple):
@@ -171,18 +172,20 @@ def _are_many_particles(target: Target) -> bool:
     return _are_particles(target) and target.particles.num_particles > _LARGE
 
 
-def _guide(target: Target, model: Callable[[], None]) -> AutoDiffusion:
+def _guide(target: Target, model: Callable[[], None], *, bounded: bool = False) -> AutoDiffusion:
     """The start as its base and everything else at its default.
 
     For particles, for every method alike, the network that has their symmetry, and more kernels: they have one
-    variance for all directions, which bonded particles have not, and short steps make up for it.
+    variance for all directions, which bonded particles have not, and short steps make up for it. ``bounded``: that
+    network's output, for objectives that are unstable without.
     """
     base = GivenBase(*target.start)
     if not _are_particles(target):
         return AutoDiffusion(model, base=base)
     network = EGNN(target.particles.num_particles, target.particles.space_dim)
     num_steps = _DROPLET_KERNELS if isinstance(target, LennardJones) else _PARTICLE_KERNELS
-    return AutoDiffusion(model, base=base, architecture=network, num_steps=num_steps)
+    architecture = BoundedOutput(network) if bounded else network
+    return AutoDiffusion(model, base=base, architecture=architecture, num_steps=num_steps)
 
 
 def _resampled(draws: Draws, budget: Budget, seed: int) -> Tensor:
@@ -254,7 +257,8 @@ class InnerObjective:
     def __call__(self, target: Target, evaluations: int) -> ImportanceWeightedScoreMatching:
         """The objective for this budget."""
         per_round = max(evaluations // self.num_rounds, 1)
-        num_particles = max(min(2048, per_round // 4), 64)
+        most = _LARGE_DRAWS if _are_many_particles(target) else 2048
+        num_particles = max(min(most, per_round // 4), 64)
         step = self.batch_size * self.weighting.num_inner
         return ImportanceWeightedScoreMatching(
             num_particles,
@@ -354,12 +358,12 @@ class InverseFlowGuide:
 
 @dataclass(frozen=True)
 class DiffusionGuideAtStart:
-    """:class:`~pyro_sm.AutoDiffusion` with the start as its base and everything else at its default."""
+    """:class:`~pyro_sm.AutoDiffusion` with the start as its base; of particles, with a bounded network."""
 
     def __call__(self, target: Target) -> tuple[Callable[[], None], Callable[..., Any], bool]:
         """Over ``x``: the guide whitens by itself."""
         model = _model(target)
-        return model, _guide(target, model), False
+        return model, _guide(target, model, bounded=True), False
 
 
 @dataclass(frozen=True)
@@ -392,8 +396,8 @@ class Variational:
         name: of the method.
         guide: how to make the guide.
         loss: how to make the loss.
-        learning_rate: at the start.
-        num_particles: per step; as many steps as the budget has particles for.
+        learning_rate: at the start; half of it for particles.
+        num_particles: paths per step, fewer for large clusters; as many steps as the budget has paths for.
     """
 
     name: str
@@ -407,14 +411,16 @@ class Variational:
         _begin(seed)
         meter = Meter()
         model, guide, whitened = self.guide(target)
-        num_steps = max(budget.evaluations // self.num_particles, 1)
-        schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": self.learning_rate}, "T_max": num_steps}
+        num_particles = min(self.num_particles, _LARGE_PATHS) if _are_many_particles(target) else self.num_particles
+        num_steps = max(budget.evaluations // num_particles, 1)
+        rate = self.learning_rate / 2 if _are_particles(target) else self.learning_rate
+        schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": rate}, "T_max": num_steps}
         optim = PyroLRScheduler(torch.optim.lr_scheduler.CosineAnnealingLR, schedule, {"clip_norm": 10.0})
-        svi = SVI(model, guide, optim, loss=self.loss(self.num_particles))
+        svi = SVI(model, guide, optim, loss=self.loss(num_particles))
         for _ in range(num_steps):
             svi.step()
             optim.step()
-        spent = num_steps * self.num_particles
+        spent = num_steps * num_particles
         training = meter.look(Evaluations())._replace(
             density=spent, gradient=spent if self.loss.uses_gradients else 0
         )
