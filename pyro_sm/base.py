@@ -48,6 +48,22 @@ class Evaluations:
     gradient: int = 0
     not_a_number: int = 0
 
+    def __add__(self, other: Evaluations) -> Evaluations:
+        """Both."""
+        return Evaluations(
+            self.density + other.density,
+            self.gradient + other.gradient,
+            self.not_a_number + other.not_a_number,
+        )
+
+    def __sub__(self, earlier: Evaluations) -> Evaluations:
+        """What came after an ``earlier`` count."""
+        return Evaluations(
+            self.density - earlier.density,
+            self.gradient - earlier.gradient,
+            self.not_a_number - earlier.not_a_number,
+        )
+
 
 @runtime_checkable
 class Density(Protocol):

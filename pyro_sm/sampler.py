@@ -520,7 +520,7 @@ class DiffusionSampler:
         """Of training, and of the draws since, by all replicas."""
         trained = [replica._density().evaluations for replica in self.replicas]
         spent = [*trained, *(replica._drawn for replica in self.replicas)]
-        return Evaluations(sum(e.density for e in spent), sum(e.gradient for e in spent))
+        return sum(spent, Evaluations())
 
     def get_samples(
         self, num_samples: int = 4000, *, correction: Correction | None = None, moves: LocalMoves | None = None

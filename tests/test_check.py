@@ -271,7 +271,7 @@ def looked(*script, pool=None, num_repeats=1, thresholds=None):
     return look_elsewhere(probe, None, None, pool, thresholds), Scripted.asked
 
 
-def result(log_evidence=0.0, se=0.05, failure="", spent=(10, 4), n=2000):
+def result(log_evidence=0.0, se=0.05, failure="", spent=(10, 4, 3), n=2000):
     z = torch.zeros(0 if failure else n, 1)
     return Probed(z, z[:, 0], log_evidence, se, failure, Evaluations(*spent))
 
@@ -290,13 +290,13 @@ def result(log_evidence=0.0, se=0.05, failure="", spent=(10, 4), n=2000):
     ],
 )
 def test_it_looks_again_where_the_first_look_is_too_little_to_judge_by(log_evidence, se, again):
-    first, second = result(log_evidence, se), result(0.01, 0.04, spent=(100, 30))
+    first, second = result(log_evidence, se), result(0.01, 0.04, spent=(100, 30, 4))
     found, asked = looked(first, second)
     assert len(asked) == 1 + again
     if not again:
         assert found is first
         return
-    assert found == second._replace(evaluations=Evaluations(110, 34))
+    assert found == second._replace(evaluations=Evaluations(110, 34, 7))
     assert (asked[1].smc.num_particles, asked[1].smc.num_moves, asked[1].num_repeats) == (200, 6, 0)
 
 
@@ -316,7 +316,7 @@ def test_a_failed_look_is_not_repeated_and_does_not_replace_a_first_one():
     first = result(se=1.0)
     found, asked = looked(first, failed)
     assert (len(asked), found.z is first.z, found.failure) == (2, True, "")
-    assert found.evaluations == Evaluations(17, 11)
+    assert found.evaluations == Evaluations(17, 11, 3)
 
 
 @pytest.mark.parametrize(("num_repeats", "times"), [(0, 1), (1, 2), (3, 4)])
@@ -325,7 +325,7 @@ def test_it_looks_no_oftener_than_asked(num_repeats, times):
     found, asked = looked(*poor, num_repeats=num_repeats)
     assert len(asked) == times
     assert found.log_evidence_se == poor[times - 1].log_evidence_se
-    assert found.evaluations == Evaluations(10 * times, 4 * times)
+    assert found.evaluations == Evaluations(10 * times, 4 * times, 3 * times)
     assert [probe.smc.num_particles for probe in asked] == [100 * 2**i for i in range(times)]
 
 

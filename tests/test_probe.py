@@ -127,6 +127,25 @@ def test_a_probe_that_fails_says_why(density, probe, words):
     assert found.evaluations == Evaluations(counted.evaluations.density, counted.evaluations.gradient)
 
 
+def test_nan_that_it_meets_are_counted():
+    """Those of this look only, and none of a density that has none."""
+
+    def broken(z):
+        value = -0.5 * z.square().sum(-1)
+        return torch.where(z[:, 0] < -1.0, torch.nan, value)
+
+    small = Probe(TemperedSMC(64, 2), modes=None)
+    density = FunctionDensity(broken, 2)
+    density.log_prob(torch.full((5, 2), -2.0))
+    assert density.evaluations.not_a_number == 5
+    found = small.run(density, widened(torch.zeros(2), torch.eye(2)))
+    assert found.evaluations.not_a_number == density.evaluations.not_a_number - 5 > 0
+    assert found.evaluations.density == density.evaluations.density - 5
+    whole = small.run(FunctionDensity(TARGET.log_prob, 4), widened(torch.zeros(4), torch.eye(4)))
+    assert whole.evaluations.density > 0
+    assert whole.evaluations.not_a_number == 0
+
+
 def test_with_too_many_latents_it_does_not_begin():
     told, counted = [], FunctionDensity(TARGET.log_prob, 4)
     found = Probe(max_dim=3).run(counted, widened(torch.zeros(4), torch.eye(4)), progress=told.append)

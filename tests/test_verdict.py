@@ -79,6 +79,10 @@ def test_a_good_result_is_trusted():
         ({"probe_gap": 0.4, "unknown": None, "unknown_se": None}, Trust.DISTRUST, "misses part"),
         ({"probe_gap": -0.4}, Trust.CARE, "the probe has missed"),
         ({"probe_gap": -0.4, **REPLICAS}, Trust.TRUST, "the probe has missed"),
+        ({"probe_not_a_number": 300}, Trust.TRUST, "NaN at 300 places where the probe looked (1.0%)"),
+        ({"probe_not_a_number": 301}, Trust.CARE, "NaN"),
+        ({"probe_not_a_number": 301, **REPLICAS}, Trust.CARE, "NaN"),
+        ({**FAILED, "probe_not_a_number": 1}, Trust.CARE, "NaN"),  # of how many is not known
         ({"probe_particles": 12.0}, Trust.CARE, "too few lines"),
         (NO_PROBE, Trust.CARE, "nothing has looked elsewhere"),
         ({**NO_PROBE, **REPLICAS}, Trust.TRUST, "R̂"),
@@ -110,6 +114,10 @@ def test_nothing_measured_is_not_trusted():
     found = judge(Findings())
     assert found.level is Trust.CARE
     assert len(found.unchecked) == 3
+
+
+def test_nan_that_were_not_met_are_no_reason():
+    assert judge(dataclasses.replace(GOOD, probe_not_a_number=0)).reasons == judge(GOOD).reasons
 
 
 def test_printed():

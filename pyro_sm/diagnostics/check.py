@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_sm.base import Density, Evaluations, RoundInfo
+from pyro_sm.base import Density, RoundInfo
 from pyro_sm.corrections.annealing_path import Start
 from pyro_sm.corrections.mixing import effective_draws, split_rhat
 from pyro_sm.corrections.mixture_start import moments
@@ -115,6 +115,7 @@ def probe_findings(findings: Findings, pool: Tensor, probed: Probed, log_weights
         probe_failure=probed.failure,
         probe_density_evaluations=probed.evaluations.density,
         probe_gradient_evaluations=probed.evaluations.gradient,
+        probe_not_a_number=probed.evaluations.not_a_number,
     )
     if probed.failure:
         return findings
@@ -178,8 +179,8 @@ def look_elsewhere(
         if effective_particles(found) >= limits.min_particles and not missing:
             break
         probe = probe.stronger
-        again, before = probe.run(density, start, progress=progress), found.evaluations
-        total = Evaluations(before.density + again.evaluations.density, before.gradient + again.evaluations.gradient)
+        again = probe.run(density, start, progress=progress)
+        total = found.evaluations + again.evaluations
         found = (found if again.failure else again)._replace(evaluations=total)
     return found
 

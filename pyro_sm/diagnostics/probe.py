@@ -104,23 +104,20 @@ class Probe:
         if density.dim > self.max_dim:
             why = f"{density.dim} latents are more than the {self.max_dim} it is made for (Probe(max_dim=...))"
             return _nothing(density, why, Evaluations())
-        before = (density.evaluations.density, density.evaluations.gradient)
+        before = replace(density.evaluations)
 
         def tell(beta: float) -> None:
             if progress is not None:
                 progress(beta)
-
-        def spent() -> Evaluations:
-            after = density.evaluations
-            return Evaluations(after.density - before[0], after.gradient - before[1])
 
         try:
             if self.modes is not None:
                 start = self.modes.run(density, start, progress=lambda: tell(0.0))
             found = self.smc.run(density, start, progress=lambda temperature: tell(temperature.beta))
         except (ValueError, torch.linalg.LinAlgError) as error:  # a density that is not finite, or β = 1 not reached
-            return _nothing(density, str(error), spent())
-        return Probed(found.z, found.log_p, found.log_evidence, found.log_evidence_se, "", spent())
+            return _nothing(density, str(error), density.evaluations - before)
+        spent = density.evaluations - before
+        return Probed(found.z, found.log_p, found.log_evidence, found.log_evidence_se, "", spent)
 
 
 def _nothing(density: Density, failure: str, spent: Evaluations) -> Probed:

@@ -72,6 +72,8 @@ class Thresholds:
         barely_unknown: the same, worth a remark; what a probe of two thousand particles can just tell from zero.
         min_particles: effective particles of the probe (lines of descent), below which it would see an unknown share
             of 10 % less often than it should.
+        not_a_number: share of the places that the probe came to where the density may be NaN: now and then a draw of
+            a wide prior overflows; more is a model that fails in a part of the space, and is taken to be zero there.
     """
 
     khat: float = 0.7
@@ -88,6 +90,7 @@ class Thresholds:
     unknown: float = 0.03
     barely_unknown: float = 0.005
     min_particles: float = 40.0
+    not_a_number: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Findings:
         probe_gap_se: its standard error.
         probe_density_evaluations: cost of the probe.
         probe_gradient_evaluations: cost of the probe.
+        probe_not_a_number: how many of its densities were NaN, and taken to be zero.
     """
 
     num_draws: int | None = None
@@ -137,6 +141,7 @@ class Findings:
     probe_gap_se: float | None = None
     probe_density_evaluations: int | None = None
     probe_gradient_evaluations: int | None = None
+    probe_not_a_number: int | None = None
 
     def attributes(self) -> dict[str, str | int | float]:
         """As attributes of a file, ``check_<field>``; what was not measured is left out."""
@@ -290,6 +295,8 @@ def _elsewhere(f: Findings, t: Thresholds) -> Iterator[Reason]:
             text = "nothing has looked elsewhere: neither k̂ nor the effective number of draws can see a lost mode"
             yield Reason(text, _LOOK, Trust.CARE)
         return
+    if f.probe_not_a_number:
+        yield _not_a_number(f.probe_not_a_number, f.probe_density_evaluations or 0, t)
     if f.unknown is not None and f.unknown_se is not None:
         yield _unknown(f.unknown, f.unknown_se, t)
     failure = f.probe_failure
@@ -300,6 +307,14 @@ def _elsewhere(f: Findings, t: Thresholds) -> Iterator[Reason]:
         yield Reason(f"the probe that looks elsewhere failed: {failure}", advice, instead)
     elif f.probe_gap is not None and f.probe_gap_se is not None:
         yield _probe_gap(f, f.probe_gap, f.probe_gap_se, instead, t)
+
+
+def _not_a_number(count: int, of: int, t: Thresholds) -> Reason:
+    share = count / max(of, count)
+    text = f"the log density was NaN at {count} places where the probe looked ({share:.1%}), taken to be impossible"
+    if share > t.not_a_number:
+        return Reason(text, "if the model should be finite there the posterior is wrong: see to it", Trust.CARE)
+    return Reason(text, "", Trust.TRUST)
 
 
 def _unknown(share: float, se: float, t: Thresholds) -> Reason:
