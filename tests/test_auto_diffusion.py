@@ -920,6 +920,29 @@ def test_the_store_alone_brings_an_anchor_back(tmp_path):
     torch.testing.assert_close(other.diffusion().draw(50)[0], drawn)
 
 
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_store_that_is_loaded_takes_an_anchor_away_and_an_empty_one_does_not(tmp_path, emptied):
+    """Else the loaded network would be taken for one beside the anchor. Loading leaves what it does not know."""
+    guide = make_guide()
+    guide(DATA)
+    torch.manual_seed(0)
+    drawn = guide.diffusion().draw(50)[0]
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    guide.rebase(*two_groups())
+    torch.manual_seed(0)
+    anchored = guide.diffusion().draw(50)[0]
+    assert not torch.allclose(anchored, drawn)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    torch.testing.assert_close(guide.diffusion().draw(50)[0], anchored)
+    if emptied:
+        pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    torch.manual_seed(0)
+    torch.testing.assert_close(guide.diffusion().draw(50)[0], drawn)
+    assert not any("anchor" in name for name in (*guide.state_dict(), *pyro.get_param_store()))
+
+
 def test_a_symmetric_network_keeps_a_base_without_directions():
     z, group = two_groups()
     guide = AutoDiffusion(hierarchy, num_steps=8, architecture=EGNN(3, 2, width=8))

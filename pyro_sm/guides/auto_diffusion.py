@@ -355,6 +355,7 @@ class AutoDiffusion(AutoContinuous):
         """The sampler behind the guide, in plain torch, with the current parameters."""
         if not self._has_parameters():
             raise ValueError("call the guide (or setup) once, with the model's arguments, before using its sampler")
+        self._forget_what_was_not_loaded()
         base_loc = self.base_loc
         kernels = Kernels(
             self.ratios.detach(),  # their order must hold, and gradients do not know that
@@ -504,6 +505,22 @@ class AutoDiffusion(AutoContinuous):
                 if f"{self._pyro_name}.{name}" in store:
                     del store[f"{self._pyro_name}.{name}"]
                 delattr(self, name)
+
+    def _forget_what_was_not_loaded(self) -> None:
+        """Drop an anchor or a coupling where a network was loaded into the store, and none of these with it.
+
+        Pyro follows a store that was loaded parameter by parameter, and keeps what was not in the file.
+        """
+        store = pyro.get_param_store()._params
+
+        def replaced(name: str) -> bool:
+            held = store.get(f"{self._pyro_name}.{name}")
+            return held is not None and held is not self._parameters.get(f"{name}_unconstrained")
+
+        if replaced("network_weights"):
+            for names in (_ANCHOR, _COUPLING):
+                if not replaced(names[0]):
+                    self._drop(names)
 
     def _optional(self, names: tuple[str, ...]) -> tuple[Tensor, ...] | None:
         """Parameters that are not always there."""
