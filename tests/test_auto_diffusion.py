@@ -740,6 +740,13 @@ def test_state_dict_with_a_context():
     assert torch.equal(draw(guide), expected)
 
 
+def test_state_dict_with_a_context_wants_one():
+    state = copy.deepcopy(perturb_after_call(make_guide(context=lambda y: y[:2]), DATA, 0.2).state_dict())
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="and the context, if it had one"):
+        make_guide().load_state_dict(state)
+
+
 def test_state_dict_of_another_network_or_model():
     state = copy.deepcopy(train(make_guide()).state_dict())
     pyro.clear_param_store()

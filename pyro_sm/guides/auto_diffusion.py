@@ -654,20 +654,21 @@ class AutoDiffusion(AutoContinuous):
     def _infer_network(self, dim: int, num_weights: int) -> tuple[int, bool]:
         """Context size and alignment whose network has this many weights.
 
-        The count grows by a fixed step per context entry, which networks of the latents' own are no multiple of.
+        The count grows by a fixed step per context entry, which networks of the latents' own are no multiple of. A
+        guide without a context has a network without one: a count that would fit one is another architecture's.
         """
         expected = []
         for aligned in (True, False):
             build = self._architecture(aligned).build
             without, with_one = (sum(p.numel() for p in build(dim, 2 * dim, c).parameters()) for c in (0, 1))
             context_dim, rest = divmod(num_weights - without, max(with_one - without, 1))
-            if not rest and context_dim >= 0:
+            if not rest and (context_dim >= 0 if self.context is not None else context_dim == 0):
                 return context_dim, aligned
             expected.append(without)
         sizes = " or ".join(map(str, sorted(set(expected))))
         raise ValueError(
             f"the state holds a network of {num_weights} weights; {self.architecture} for {dim} latents has {sizes}: "
-            "construct the guide with the architecture it was trained with"
+            "construct the guide with the architecture it was trained with, and the context, if it had one"
         )
 
     def __getstate__(self) -> dict[str, Any]:
