@@ -81,8 +81,13 @@ class _State(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ how many
 
 
-def obstacle(args: Sequence[Any]) -> str:
-    """Why a training on these arguments cannot be done in forked processes; empty if it can."""
+def obstacle(args: Sequence[Any], *, compiles: bool = False) -> str:
+    """Why a training on these arguments cannot be done in forked processes; empty if it can.
+
+    ``compiles``: whether guides do. The compiler's own workers do not live on in a fork.
+    """
+    if compiles:
+        return "networks are compiled, which is not safe in forked processes"
     if sys.platform != "linux":
         return f"processes are forked, which is not safe on {sys.platform}"
     if torch.cuda.is_available():
@@ -95,7 +100,7 @@ def obstacle(args: Sequence[Any]) -> str:
     return ""
 
 
-def num_processes(asked: int | None, num_tasks: int, args: Sequence[Any]) -> int:
+def num_processes(asked: int | None, num_tasks: int, args: Sequence[Any], *, compiles: bool = False) -> int:
     """How many processes to use for ``num_tasks`` trainings on these arguments; 1 for this one alone.
 
     Raises:
@@ -103,7 +108,7 @@ def num_processes(asked: int | None, num_tasks: int, args: Sequence[Any]) -> int
     """
     if num_tasks == 1 or asked == 1:
         return 1
-    reason = obstacle(args)
+    reason = obstacle(args, compiles=compiles)
     if asked is None:
         return 1 if reason else min(len(os.sched_getaffinity(0)), num_tasks)
     if reason:

@@ -221,7 +221,9 @@ class DiffusionSampler:
         self._verdict = None
         for replica in self.replicas:
             replica.stopping = self.stopping  # whose budget may have grown since
-        num_workers = num_processes(self.num_workers, len(self.replicas), (*args, *kwargs.values()))
+        num_workers = num_processes(
+            self.num_workers, len(self.replicas), (*args, *kwargs.values()), compiles=self.guide.compiles
+        )
         if num_workers > 1:
             self._run_at_once(args, kwargs, num_workers)
         else:

@@ -40,6 +40,26 @@ def test_cost_measures_a_problem() -> None:
     assert longer.draw > 2 * row.draw
 
 
+def test_cost_of_a_compiled_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    graphs: list[torch.nn.Module] = []
+
+    def compile(graph: torch.nn.Module, dynamic: bool) -> torch.nn.Module:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", compile)
+    row = cost.measure("GMM-40", 512, repeats=2, num_steps=4, compile=True)
+    # What a training step and a draw need is what was compiled before they were timed.
+    assert len(graphs) == 2
+    assert row.compiled is not None
+    assert min(row.compiled) > 0
+    assert cost.measure("GMM-40", 512, repeats=1, num_steps=4).compiled is None
+    printed = cost.table([row._replace(draw=6.0, point=3.0, compiled=cost.Compiled(4.0, 2.5, 9.6))], 512, 4)
+    assert printed.splitlines()[2].endswith("| compiled: draws, training | compiling, s |")
+    assert printed.splitlines()[-1].endswith("| 1.50, 1.20 times faster | 10 |")
+    assert all(line.count("|") == 9 for line in printed.splitlines()[2:])
+
+
 def test_cost_prints_every_problem_and_gives_threads_and_dtype_back(capsys: pytest.CaptureFixture[str]) -> None:
     before = torch.get_num_threads(), torch.get_default_dtype()
     command = ["bench", "cost", "--draws", "16", "--kernels", "2", "--repeats", "1", "--dtype", "float64"]

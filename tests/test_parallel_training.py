@@ -525,7 +525,7 @@ def test_one_replica_or_one_worker_never_forks(monkeypatch):
     monkeypatch.setattr(os, "fork", failing(AssertionError("forked")))
     make(num_workers=4, budget=128).run(DATA)
     make(num_chains=2, num_workers=1, budget=128).run(DATA)
-    monkeypatch.setattr("pyro_sm.parallel_training.obstacle", lambda args: "no")
+    monkeypatch.setattr("pyro_sm.parallel_training.obstacle", lambda args, compiles: "no")
     make(num_chains=2, budget=128).run(DATA)
     with pytest.raises(ValueError, match="found 2: no"):
         make(num_chains=2, num_workers=2).run(DATA)

@@ -86,7 +86,7 @@ COLUMNS = (
 """The figures, in the order in which the first one present sorts a table."""
 
 
-TRAINED = ("iwsm", "iwsm-moves", "iwsm-marginal")
+TRAINED = ("iwsm", "iwsm-compiled", "iwsm-moves", "iwsm-marginal")
 """Methods that leave a sampler behind whose weights are worth the name."""
 
 

@@ -172,7 +172,9 @@ def _are_many_particles(target: Target) -> bool:
     return _are_particles(target) and target.particles.num_particles > _LARGE
 
 
-def _guide(target: Target, model: Callable[[], None], *, bounded: bool = False) -> AutoDiffusion:
+def _guide(
+    target: Target, model: Callable[[], None], *, bounded: bool = False, compile: bool = False
+) -> AutoDiffusion:
     """The start as its base and everything else at its default.
 
     For particles, for every method alike, the network that has their symmetry, and more kernels: they have one
@@ -181,11 +183,11 @@ def _guide(target: Target, model: Callable[[], None], *, bounded: bool = False) 
     """
     base = GivenBase(*target.start)
     if not _are_particles(target):
-        return AutoDiffusion(model, base=base)
+        return AutoDiffusion(model, base=base, compile=compile)
     network = EGNN(target.particles.num_particles, target.particles.space_dim)
     num_steps = _DROPLET_KERNELS if isinstance(target, LennardJones) else _PARTICLE_KERNELS
     architecture = BoundedOutput(network) if bounded else network
-    return AutoDiffusion(model, base=base, architecture=architecture, num_steps=num_steps)
+    return AutoDiffusion(model, base=base, architecture=architecture, num_steps=num_steps, compile=compile)
 
 
 def _resampled(draws: Draws, budget: Budget, seed: int) -> Tensor:
@@ -276,11 +278,13 @@ class Sampler:
         name: of the method.
         objective: what it trains by.
         moves: of the draws, which are then chosen by damped weights; None for draws as their weights say.
+        compile: whether to compile the network.
     """
 
     name: str
     objective: ObjectiveFor
     moves: LocalMoves | None = None
+    compile: bool = False
 
     def fit(self, target: Target, seed: int, budget: Budget) -> Fit:
         """Train and draw; stops early if the effective sample size has stopped rising."""
@@ -289,7 +293,7 @@ class Sampler:
         model = _model(target)
         sampler = DiffusionSampler(
             model,
-            guide=_guide(target, model),
+            guide=_guide(target, model, compile=self.compile),
             objective=self.objective(target, budget.evaluations),
             stopping=StoppingRule(max_evaluations=budget.evaluations),
             seed=seed,
@@ -554,6 +558,7 @@ class Chains:
 
 _METHODS: tuple[Method, ...] = (
     Sampler("iwsm", PathObjective()),
+    Sampler("iwsm-compiled", PathObjective(), compile=True),
     Sampler("iwsm-moves", PathObjective(), LocalMoves(100, HamiltonianMove(_LEAPFROG))),
     Sampler("iwsm-marginal", InnerObjective(MarginalWeights())),
     Tempered(),

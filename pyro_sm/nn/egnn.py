@@ -96,8 +96,12 @@ class EquivariantNetwork(nn.Module):
         condition = self.condition(features)
         ratio = torch.exp(4 * c)
         step = (ratio / torch.sqrt(1 + ratio.square()))[:, None, None]
-        rows_in_cache = max(1, _NUMBERS_IN_CACHE // (self.pairs.shape[0] * self.start.out_features))
-        return in_pieces(self._trunk, x, [condition, step], rows_in_cache)
+        return in_pieces(self._trunk, x, [condition, step], self.rows_in_cache)
+
+    @property
+    def rows_in_cache(self) -> int:
+        """Rows whose messages stay in the cache of a core."""
+        return max(1, _NUMBERS_IN_CACHE // (self.pairs.shape[0] * self.start.out_features))
 
     def _trunk(self, x: Tensor, levels: Sequence[Tensor]) -> Tensor:
         """``x`` (B, D) to (B, 2D).

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """A network that knows how many rows at a time stay in the cache."""
+
+    @property
+    def rows_in_cache(self) -> int:
+        """Rows."""
+        ...
 
 
 def in_pieces(
