@@ -8,7 +8,8 @@ where that would be mostly filling, evaluated as it is. A graph is used only if 
 its gradient; where there is no compiler, or it fails, this is said once, and the network is used as it is.
 
 Second derivatives, and transforms of ``torch.func``, are not for compiled graphs: an input that wants a gradient
-itself, or such a transform around the call, takes the network as it is.
+itself, or such a transform around the call, takes the network as it is. Nor is a second backward pass through the
+same output (``retain_graph=True``): torch refuses it.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class CompiledNetwork:
         )  # fmt: skip
         if key not in self._graphs and not self._given_up:
             try:
-                self._graphs[key] = self._compile(weights, x, c, context)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the compiler speaks of its own parts
+                    self._graphs[key] = self._compile(weights, x, c, context)
             except Exception as error:
                 self._given_up = True
                 lines = str(error).strip().splitlines() or [""]
