@@ -20,6 +20,7 @@ from pyro_sm.__main__ import main
 from pyro_sm.bench import report, target_methods, targets
 from pyro_sm.bench.target_baselines import BoundedOutput, PathLogVariance, UnitWeights
 from pyro_sm.bench.target_methods import METHODS, Budget, Chains, InnerObjective, Tempered
+from pyro_sm.density import FunctionDensity
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.nn.egnn import EGNN
@@ -237,6 +238,34 @@ def test_large_clusters_take_fewer_paths(monkeypatch: pytest.MonkeyPatch) -> Non
     objective = InnerObjective(MarginalWeights())
     assert objective(LennardJones(5), 400_000).num_particles == 256
     assert objective(UnequalModes(2), 400_000).num_particles == 2048
+
+
+def test_unit_weights_clip_the_score_of_a_row() -> None:
+    """Else one row in the neck of a funnel would be all of the loss."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    target = UnequalModes(2)
+
+    def losses(steepness: float, most: float) -> Tensor:
+        density = FunctionDensity(lambda z: target.log_prob(z) - steepness * z[:, 0].clamp(min=0), 2)
+        torch.manual_seed(1)
+        return UnitWeights(4, most).loss(process, density, wide, buffer, noise)
+
+    model = factor_model(target.log_prob, target.dim)
+    guide = AutoDiffusion(model, base=GivenBase(*target.start))
+    guide.setup(model, (), {})
+    guide.network_weights.data.add_(0.05 * torch.randn_like(guide.network_weights))
+    wide = WideComponent()
+    with torch.no_grad():
+        process = guide.diffusion()
+        draws, num_guide = draw_defensively(process, guide.density(model, (), {}), wide, 512)
+        buffer = Buffer((damped_round(draws, num_guide, 0.3),))
+        noise = draw_step_noise(process.ratios, 64, 2, 4)
+        torch.testing.assert_close(losses(0.0, 1e3), losses(0.0, 1e6))
+        steep, steeper = losses(1e12, 70.0), losses(1e14, 70.0)
+        assert bool(torch.isfinite(steeper).all())
+        torch.testing.assert_close(steep, steeper, rtol=1e-2, atol=1e-2)
+        assert not torch.allclose(losses(1e6, 1e12), losses(1e8, 1e12), rtol=0.5)
 
 
 def _held_variance(process: Any, buffer: Buffer, noise: Any) -> Tensor:

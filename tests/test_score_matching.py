@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -323,6 +324,20 @@ def test_inner_draws_outside_the_support_carry_nothing():
     assert torch.equal(found.score[1], torch.zeros(2).double())
 
 
+def test_inner_draws_whose_score_is_no_number_carry_nothing():
+    """A density may be finite where its slope is not."""
+
+    def root(z):
+        return -z[:, 0].abs().sqrt() - 0.5 * z[:, 1] ** 2
+
+    process = process_of(Denoiser(zero_network(2)), torch.zeros(2).double(), torch.eye(2).double())
+    density = FunctionDensity(root, 2, dtype=torch.float64)
+    inner = torch.tensor([[[-1.0, 0.0]], [[3.0, 0.5]]], dtype=torch.float64)
+    found = marginal_estimate(process, density, torch.tensor([[1.0, 0.0]]).double(), torch.ones(1).double(), inner)
+    assert float(found.log_p[0]) == pytest.approx(-2 - 0.125 - math.log(2), rel=1e-10)
+    torch.testing.assert_close(found.score[0], torch.tensor([-0.25, -0.5], dtype=torch.float64), **exact)
+
+
 # --------------------------------------------------------------------------------------- noised buffer
 
 
@@ -402,6 +417,28 @@ def test_marginal_loss_by_hand(share):
     expected = 12 * log_weight.softmax(0) * r**2 * excess + 0.01 * h.square().mean(1)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     assert float((log_weight.softmax(0) * 12).std()) > 0.1
+
+
+@pytest.mark.parametrize("steepness", [1e10, 1e22])
+def test_rows_without_weight_teach_nothing_however_steep_the_density(steepness):
+    """In float32 the square of a score of 1e22 is infinite, and zero times it is NaN."""
+
+    def walled(z):
+        return -0.5 * z.square().sum(-1) - steepness * (z[:, 0] - 2).clamp(min=0)
+
+    process = process_of(Denoiser(random_network(2).float()), torch.zeros(2), torch.eye(2))
+    ratios = levels().float()
+    process = replace(process, kernels=gaussian_kernels(ratios, 2))
+    torch.manual_seed(0)
+    buffer = Buffer((Round(Draws(torch.randn(64, 2), torch.zeros(64), torch.zeros(64)), torch.ones(64), 1.0, 64),))
+    step = draw_step_noise(ratios, 256, 2, 3)
+    rows = MarginalWeights(3).loss(process, FunctionDensity(walled, 2), WideComponent(0.1), buffer, step)
+    assert bool(torch.isfinite(rows).all())
+    assert float(rows.abs().max()) < 1e4
+    seen = MarginalWeights(3).loss(
+        process, FunctionDensity(lambda z: walled(z).clamp(min=-1e4), 2), WideComponent(0.1), buffer, step
+    )
+    torch.testing.assert_close(rows, seen, rtol=1e-4, atol=1e-4)
 
 
 def test_marginal_weights_do_not_depend_on_the_evidence():

@@ -32,12 +32,15 @@ class UnitWeights:
     """:class:`~pyro_sm.MarginalWeights` with every weight one: iterated denoising energy matching.
 
     Without the weight the ratio bias of the score estimate stays, and points are taught as often as they are drawn.
+    Nor is there one to make little of scores without measure, which the published code clips, too.
 
     Args:
         num_inner: K, inner draws per row.
+        max_score_norm: of the estimated score of a row, whitened.
     """
 
     num_inner: int = 16
+    max_score_norm: float = 70.0
 
     @property
     def needs_score(self) -> bool:
@@ -51,14 +54,15 @@ class UnitWeights:
     def loss(
         self, process: DiffusionProcess, density: Density, wide: Defence, buffer: Buffer, step: StepNoise
     ) -> Tensor:
-        """``λ (‖s − Ŝ‖² − ‖s_0 − Ŝ‖²)/D`` per row (B,), ``λ = r²``, ``s_0`` the untrained score."""
+        """``λ (‖s − Ŝ‖² − ‖s_0 − Ŝ‖²)/D`` per row (B,), ``λ = r²``, ``s_0`` the untrained score, ``Ŝ`` clipped."""
         with torch.no_grad():
             latents = buffer.latents()
             u = process.to_white(latents[buffer.pick(torch.ones_like(latents[:, 0]), step.pick)])
             y = u + step.level[:, None] * step.noise
             estimate = marginal_estimate(process, density, y, step.level, step.inner)
             square_ratio = step.level.square()[:, None]
-            target = y + square_ratio * estimate.score
+            norm = estimate.score.norm(dim=-1, keepdim=True)
+            target = y + square_ratio * estimate.score * (self.max_score_norm / norm).clamp(max=1)
         error, log_variance, start = process.regression(target, y, step.level)
         square = (error.square() - start.square()) / (1 + square_ratio)
         return square.mean(-1) + 1e-2 * log_variance.square().mean(-1)

@@ -212,14 +212,16 @@ def marginal_estimate(
 ) -> MarginalEstimate:
     """Noised density and score at ``y`` (B, D) by K inner draws; ``inner``: (K, B, D), ``r``: (B,); whitened.
 
-    ``K · B`` density and gradient evaluations. A row none of whose inner draws has a finite density gets
-    ``log_p = −inf`` and a zero score, and with it no weight.
+    ``K · B`` density and gradient evaluations. An inner draw whose density or score is no finite number counts as
+    impossible; a row that has only such gets ``log_p = −inf`` and a zero score, and with it no weight.
     """
     num_inner, batch, dim = inner.shape
     points = (y + r[:, None] * inner).reshape(-1, dim)
     log_p, score = density.log_prob_and_score(process.to_latent(points))
     log_p = (log_p + process.log_det(points)).reshape(num_inner, batch)
-    score = torch.nan_to_num(process.white_score(points, score)).reshape(num_inner, batch, dim)
+    score = process.white_score(points, score).reshape(num_inner, batch, dim)
+    possible = torch.isfinite(log_p) & torch.isfinite(score).all(-1)
+    log_p, score = torch.where(possible, log_p, -math.inf), torch.where(possible[..., None], score, 0.0)
     share = torch.nan_to_num(torch.softmax(log_p, 0))
     return MarginalEstimate(torch.logsumexp(log_p, 0) - math.log(num_inner), (share[..., None] * score).sum(0))
 
@@ -299,7 +301,11 @@ class MarginalWeights:
             weight = torch.softmax(log_weight, 0) * log_weight.shape[0]
             square_ratio = step.level.square()[:, None]
             target = y + square_ratio * estimate.score
+            # In the neck of a funnel a score of 10²⁰ is nothing unusual, and its row's weight next to nothing.
+            seen = torch.isfinite(target).all(-1) & (weight > 0)
+            target, weight = torch.where(seen[:, None], target, y), torch.where(seen, weight, 0.0)
+            root = weight.sqrt()[:, None]
         error, log_variance, start = process.regression(target, y, step.level)
-        # The denoiser's error is F − F* = r √(1+r²) (s − Ŝ).
-        square = (error.square() - start.square()) / (1 + square_ratio)
-        return weight * square.mean(-1) + 1e-2 * log_variance.square().mean(-1)
+        # The denoiser's error is F − F* = r √(1+r²) (s − Ŝ); its square may overflow where w times it does not.
+        square = ((root * error).square() - (root * start).square()) / (1 + square_ratio)
+        return square.mean(-1) + 1e-2 * log_variance.square().mean(-1)
