@@ -9,47 +9,27 @@ one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_sm.base import PyroSMWarning
+from pyro_sm.compiled_graphs import CompiledGraphs
 
 Scored = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class CompiledScores:
-    """A cache of compiled functions by batch shape. Copies and pickles start with an empty cache."""
+    """Compiled functions by batch shape. Copies and pickles start without."""
 
     def __init__(self) -> None:
-        self._cache: dict[torch.Size, Scored] = {}
-        self._given_up = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_cache": {}, "_given_up": self._given_up}
+        self._graphs: CompiledGraphs[Scored] = CompiledGraphs("the score")
 
     def __call__(self, function: Scored, z: Tensor) -> tuple[Tensor, Tensor]:
         """``function(z)``, through a compiled graph if one can be made; a failure is warned about once."""
-        if self._given_up:
-            return function(z)
-        if z.shape not in self._cache:
-            try:
-                self._cache[z.shape] = self._compile(function, z)
-            except Exception as error:
-                self._given_up = True
-                lines = str(error).strip().splitlines() or [""]
-                warnings.warn(
-                    f"the score could not be compiled and is evaluated as it is: "
-                    f"{type(error).__name__}: {lines[0][:200]}",
-                    PyroSMWarning,
-                    stacklevel=4,
-                )
-                return function(z)
-        value, score = self._cache[z.shape](z)
+        graph = self._graphs.find(z.shape, lambda: self._compile(function, z))
+        value, score = function(z) if graph is None else graph(z)
         return value, score
 
     @staticmethod

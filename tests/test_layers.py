@@ -16,7 +16,7 @@ ROOT = Path(pyro_sm.__file__).parent
 LAYERS = {
     "base": 0,
     "noise": 1, "density": 1, "weights": 1, "divergence": 1, "stein": 1, "nn": 1, "mean_free": 1, "anchor": 1,
-    "coupling": 1,
+    "coupling": 1, "compiled_graphs": 1,
     "denoiser": 2, "sampling": 2, "targets": 2, "corrections": 2, "batch_and_match": 2, "laplace": 1,
     "model": 3, "examples": 3,
     "objectives": 4, "guides": 4, "diagnostics": 4,

@@ -14,15 +14,13 @@ same output (``retain_graph=True``): torch refuses it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_sm.base import PyroSMWarning
+from pyro_sm.compiled_graphs import CompiledGraphs
 
 Function = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -52,14 +50,13 @@ class CompiledNetwork:
     def __init__(self, function: Function, rows: int | None = None) -> None:
         self.function = function
         self.rows = min(rows or _MOST_ROWS, _MOST_ROWS)
-        self._graphs: dict[Any, Function] = {}
-        self._given_up = False
+        self._graphs: CompiledGraphs[Function] = CompiledGraphs("the network")
 
     def __call__(self, weights: Tensor, x: Tensor, c: Tensor, context: Tensor | None) -> Tensor:
         """The network's output (B, ·), in pieces."""
         inputs = [x, c] if context is None else [x, c, context]
         learning = torch.is_grad_enabled() and weights.requires_grad
-        if self._given_up or not _is_plain(inputs) or x.shape[0] == 0:
+        if self._graphs.given_up or not _is_plain(inputs) or x.shape[0] == 0:
             return self.function(weights, x, c, context)
         # A batch of training comes thousands of times, and deserves a graph of its own; a few draws do not.
         rows = min(self.rows, x.shape[0]) if learning else self.rows
@@ -85,21 +82,8 @@ class CompiledNetwork:
             x.shape, c.shape, None if context is None else context.shape, x.dtype, x.device,
             torch.is_grad_enabled() and weights.requires_grad,
         )  # fmt: skip
-        if key not in self._graphs and not self._given_up:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the compiler speaks of its own parts
-                    self._graphs[key] = self._compile(weights, x, c, context)
-            except Exception as error:
-                self._given_up = True
-                lines = str(error).strip().splitlines() or [""]
-                warnings.warn(
-                    f"the network could not be compiled and is used as it is: {type(error).__name__}: "
-                    f"{lines[0][:200]}",
-                    PyroSMWarning,
-                    stacklevel=4,
-                )
-        return self._graphs.get(key, self.function)(weights, x, c, context)
+        graph = self._graphs.find(key, lambda: self._compile(weights, x, c, context))
+        return (graph or self.function)(weights, x, c, context)
 
     def _compile(self, weights: Tensor, x: Tensor, c: Tensor, context: Tensor | None) -> Function:
         recorded = weights.detach().requires_grad_(weights.requires_grad)
