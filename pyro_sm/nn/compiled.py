@@ -83,7 +83,8 @@ class CompiledNetwork:
             torch.is_grad_enabled() and weights.requires_grad,
         )  # fmt: skip
         graph = self._graphs.find(key, lambda: self._compile(weights, x, c, context))
-        return (graph or self.function)(weights, x, c, context)
+        use = self.function if graph is None else graph
+        return use(weights, x, c, context)
 
     def _compile(self, weights: Tensor, x: Tensor, c: Tensor, context: Tensor | None) -> Function:
         recorded = weights.detach().requires_grad_(weights.requires_grad)
