@@ -61,7 +61,9 @@ class UnitWeights:
             y = u + step.level[:, None] * step.noise
             estimate = marginal_estimate(process, density, y, step.level, step.inner)
             square_ratio = step.level.square()[:, None]
-            norm = estimate.score.norm(dim=-1, keepdim=True)
+            # By its largest entry first: the square of 10²⁰ is infinite in float32.
+            largest = estimate.score.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+            norm = largest * (estimate.score / largest).norm(dim=-1, keepdim=True)
             target = y + square_ratio * estimate.score * (self.max_score_norm / norm).clamp(max=1)
         error, log_variance, start = process.regression(target, y, step.level)
         square = (error.square() - start.square()) / (1 + square_ratio)
