@@ -632,10 +632,31 @@ def test_two_densities_of_one_bent_sampler():
     assert abs(float(forgotten.mean()) - 1) > 10 * float(forgotten.std()) / math.sqrt(4000)
 
 
+def test_a_wide_draw_whose_way_back_is_lost_has_the_weight_of_its_density():
+    """Bent to within 1e-19 of a centre of 2: float64 holds no digit of it."""
+    narrow = BENT._replace(
+        log_scale=torch.tensor([-44.0, 0.0, -44.0], **DOUBLE),
+        slope=torch.zeros(3, 3, **DOUBLE),
+        log_precision=torch.full((3,), -math.inf, **DOUBLE),
+    )
+    process = process_of(Denoiser(zero_network(3)), narrow)
+    density = FunctionDensity(lambda z: -0.5 * z.square().sum(-1), 3, dtype=torch.float64)
+    wide = WideComponent(0.5, 1.7)
+    draws, num_guide = draw_defensively(process, density, wide, 400)
+    log_p, log_weight = draws.log_p[num_guide:], draws.log_weight[num_guide:]
+    # b is nowhere smaller than eight standard deviations out in every direction, and so the weight nowhere larger.
+    middle = torch.zeros(1, 3, **DOUBLE)
+    least = wide.log_prob_white(middle) - 3 * 32 - process.log_det(middle)
+    assert bool((log_weight <= log_p - math.log(0.5) - least).all())
+    wrong = log_p - math.log(0.5) - wide.log_prob(process, density, draws.z[num_guide:])
+    assert float((wrong - log_weight).max()) > 1e5  # what it would be, judged by where its way back ends
+
+
 def test_the_bent_wide_component_is_normalised_and_is_what_it_draws():
     process, density = process_of(Denoiser(zero_network(3))), density_of(law_of_three())
     wide = WideComponent(0.2, 1.7)
-    z = wide.draw(process, density, 100_000)
+    z, log_b_there = wide.draw(process, density, 100_000)
+    torch.testing.assert_close(log_b_there, wide.log_prob(process, density, z), rtol=1e-9, atol=1e-9)
     v = BENT.straighten(z)
     torch.testing.assert_close(torch.cov(v.T), 1.7**2 * TRIL @ TRIL.T, rtol=0.03, atol=0.05)
     # ∫ b = 1 by draws of the base, twice as wide again.

@@ -34,8 +34,8 @@ class Defence(Protocol):
         """ρ in [0, 1)."""
         ...
 
-    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> Tensor:
-        """Latents (N, D) from ``b``."""
+    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> tuple[Tensor, Tensor]:
+        """Latents (N, D) from ``b``, and ``log b`` (N,) of them in nats."""
         ...
 
     def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
@@ -76,9 +76,10 @@ class PriorComponent:
             )
         return density
 
-    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> Tensor:
-        """Prior draws."""
-        return self._prior(density).prior_draws(num_draws)
+    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> tuple[Tensor, Tensor]:
+        """Prior draws, and their prior log density."""
+        z = self._prior(density).prior_draws(num_draws)
+        return z, self.log_prob(process, density, z)
 
     def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
         """Prior log density."""
@@ -110,11 +111,15 @@ class WideComponent:
         variance = torch.as_tensor(self.scale**2 + extra_variance, dtype=u.dtype, device=u.device)
         return -0.5 * (u.square().sum(-1) / variance + u.shape[-1] * torch.log(2 * math.pi * variance))
 
-    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> Tensor:
-        """Draws of the widened base."""
+    def draw(self, process: DiffusionProcess, density: Density, num_draws: int) -> tuple[Tensor, Tensor]:
+        """Draws of the widened base, and their log density there.
+
+        Of the point itself: a coupling can bend it to where its way back is lost in rounding, and a density that is
+        far too small would make its weight the largest of all.
+        """
         like = process.ratios
-        noise = torch.randn(num_draws, process.dim, dtype=like.dtype, device=like.device)
-        return process.to_latent(self.scale * noise)
+        u = self.scale * torch.randn(num_draws, process.dim, dtype=like.dtype, device=like.device)
+        return process.to_latent(u), self.log_prob_white(u) - process.log_det(u)
 
     def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
         """Log density of the widened base."""
@@ -156,13 +161,14 @@ def draw_defensively(
     """
     num_wide = min(round(defence.share * num_draws), num_draws - 1)
     z, log_ratio = _finite(process, *process.draw(num_draws - num_wide))
+    own = z
     if num_wide:
-        outer = defence.draw(process, density, num_wide)
-        z = torch.cat([z, outer])
+        outer, log_outer = defence.draw(process, density, num_wide)
+        z = torch.cat([own, outer])
         log_ratio = torch.cat([log_ratio, process.path_log_ratio(outer)])
     log_p, score = density.log_prob_and_score(z) if with_score else (density.log_prob(z), None)
     if not num_wide:  # a share that rounds to no draws must not enter the weights
         return Draws(z, log_p, log_p + log_ratio, score), num_draws
-    log_wide = defence.log_prob(process, density, z)
+    log_wide = torch.cat([defence.log_prob(process, density, own), log_outer])
     log_weight = mixture_log_weight(log_p, log_ratio, log_wide, num_wide / num_draws)
     return Draws(z, log_p, log_weight, score), num_draws - num_wide
