@@ -112,6 +112,8 @@ def plot_error_against_evaluations(
         ImportError: matplotlib is missing.
     """
     figure = _new_figure(6.6, 4.0)
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
     ax = figure.add_subplot()
     _draw_series(ax, series)
     if floor is not None and floor > 0:
@@ -120,6 +122,13 @@ def plot_error_against_evaluations(
     values = [y for points in series.values() for _, y in points if np.isfinite(y)]
     if values and min(values) > 0:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    # Budgets rarely span a decade: powers of ten alone would leave one label, and all minor ones run into each other.
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("evaluations spent on training")
     ax.set_ylabel(ylabel)
     ax.set_title(title, loc="left", fontweight="bold")
