@@ -4,12 +4,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from pyro_sm.base import PyroSMWarning
 
 F = TypeVar("F")
+
+
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """The compiler speaks of its own parts, and turns the argument checks of torch's distributions off for good."""
+    validate = torch.distributions.Distribution._validate_args
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validate)
 
 
 class CompiledGraphs(Generic[F]):
@@ -34,8 +49,7 @@ class CompiledGraphs(Generic[F]):
         """The graph for ``key``, made if there is none; None if one could not be, which is warned about once."""
         if key not in self._cache and not self.given_up:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the compiler speaks of its own parts
+                with _left_alone():
                     self._cache[key] = make()
             except Exception as error:
                 self.given_up = True

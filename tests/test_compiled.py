@@ -132,6 +132,19 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
     torch.testing.assert_close(network(*given), found)  # a second warning would be an error
 
 
+def test_argument_checks_of_distributions_stay_on(monkeypatch):
+    """The compiler turns them off when it first begins, in the whole process."""
+
+    def compile(graph, dynamic):
+        torch.distributions.Distribution.set_default_validate_args(False)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert torch.distributions.Distribution._validate_args
+    CompiledNetwork(function, 4)(*inputs(8, 8))
+    assert torch.distributions.Distribution._validate_args
+
+
 @pytest.mark.parametrize("wrong", ["value", "gradient"])
 def test_a_graph_that_disagrees_is_not_used(monkeypatch, wrong):
     class Off(torch.autograd.Function):
