@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diffusion samplers and score-based objectives for Pyro: two changed lines in an SVI script."""
 
-__version__ = "0.1.0.dev0"
-
+from pyro_sm._version import __version__ as __version__
 from pyro_sm.base import CheckpointError, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.corrections import ImportanceResampling, Raw
 from pyro_sm.diagnostics import (
@@ -16,6 +15,8 @@ from pyro_sm.diagnostics import (
     stein_goodness_of_fit,
     to_arviz,
 )
+from pyro_sm.diffusion.covering import PriorComponent, WideComponent
+from pyro_sm.diffusion.tails import HeavyTails
 from pyro_sm.guides import (
     AutoDiffusion,
     BatchAndMatch,
@@ -25,7 +26,7 @@ from pyro_sm.guides import (
     LaplaceBase,
     PriorBase,
 )
-from pyro_sm.model import ModelDensity
+from pyro_sm.model.density import ModelDensity
 from pyro_sm.objectives import (
     BridgeDensityEstimation,
     DenoisingScoreMatching,
@@ -39,11 +40,9 @@ from pyro_sm.objectives import (
     PathWeights,
     SteinDiscrepancy,
 )
-from pyro_sm.objectives.population import Population
+from pyro_sm.objectives.importance_weighted.population import Population
 from pyro_sm.refine import Tempered, nuts_from_guide, temper_guide
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
-from pyro_sm.sampling.defensive import PriorComponent, WideComponent
-from pyro_sm.sampling.heavy_tails import HeavyTails
 
 __all__ = [
     "AutoDiffusion",

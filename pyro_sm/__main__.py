@@ -30,11 +30,11 @@ from pyro_sm.bench import (
     report,
     targets,
 )
-from pyro_sm.checkpoint import read_checkpoint
-from pyro_sm.demo import eight_schools_demo, galaxy_demo, looked_elsewhere
+from pyro_sm.cli.demo import eight_schools_demo, galaxy_demo, looked_elsewhere
 from pyro_sm.guides import BatchAndMatchBase, LaplaceBase, PriorBase
 from pyro_sm.guides.bases import Base
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
+from pyro_sm.training.checkpoint import read_checkpoint
 
 _BASES: dict[str, type] = {"prior": PriorBase, "laplace": LaplaceBase, "batch-and-match": BatchAndMatchBase}
 _DATA_HELP = """JSON object: one entry per argument of the model. Lists become tensors, of integers if every number

@@ -5,7 +5,7 @@ Weights put right a guide that is nearly right. Where k̂ says that they cannot,
 nothing, and two methods that are exact in the limit, whatever they begin with, can begin there:
 
 * :func:`temper_guide`: particles annealed from a mixture around the guide's draws
-  (:func:`~pyro_sm.corrections.mixture_start.around_draws`) to the posterior. Finds the shares of modes that the guide
+  (:func:`~pyro_sm.smc.mixture_start.around_draws`) to the posterior. Finds the shares of modes that the guide
   has wrong, and with luck those it has lost within ten of its widths; gives the evidence.
 * :func:`nuts_from_guide`: Pyro's NUTS, each chain from one corrected draw of the guide, with the covariance of its
   draws for the inverse mass matrix, so that the warm-up has only a step size to find. Chains stay in the mode that
@@ -34,14 +34,14 @@ from torch import Tensor
 
 from pyro_sm.base import Draws, Evaluations
 from pyro_sm.corrections import Correction, ImportanceResampling, Raw
-from pyro_sm.corrections.mixture_start import around_draws, damped_covariance
-from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
-from pyro_sm.diagnostics.verdict import Findings, Verdict, judge
+from pyro_sm.diagnostics.verdict.verdict import Findings, Verdict, judge
 from pyro_sm.guides.auto_diffusion import init_to_median_or_origin
-from pyro_sm.model import ModelDensity
-from pyro_sm.model_trace import isolated_rng
+from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.trace import isolated_rng
+from pyro_sm.smc.mixture_start import around_draws, damped_covariance
+from pyro_sm.smc.tempered import TemperedParticles, TemperedSMC
 from pyro_sm.weights import Evidence
 
 _DEFAULT_SMC = TemperedSMC(num_particles=4096, num_moves=10, effective_share=0.6)

@@ -31,11 +31,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_sm.base import CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
-from pyro_sm.checkpoint import read_checkpoint, write_checkpoint
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
-from pyro_sm.corrections.local_moves import LocalMoves
 from pyro_sm.corrections.metropolis import IndependentMetropolis
-from pyro_sm.diagnostics.check import (
+from pyro_sm.corrections.per_replica import PerReplica, joined
+from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
+from pyro_sm.diagnostics.summary import summary_table
+from pyro_sm.diagnostics.verdict.check import (
     DEFAULT_PROBE,
     chain_findings,
     look_elsewhere,
@@ -45,23 +46,22 @@ from pyro_sm.diagnostics.check import (
     stein_findings,
     training_findings,
 )
-from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
-from pyro_sm.diagnostics.probe import Probe, Probed, process_log_weight, start_for
-from pyro_sm.diagnostics.summary import summary_table
-from pyro_sm.diagnostics.verdict import Findings, Thresholds, Verdict, judge
+from pyro_sm.diagnostics.verdict.probe import Probe, Probed, start_for
+from pyro_sm.diagnostics.verdict.verdict import Findings, Thresholds, Verdict, judge
+from pyro_sm.diffusion.covering import default_defence, process_log_weight
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bases import Base
-from pyro_sm.model import ModelDensity
-from pyro_sm.model_cache import same_arguments, tensor_versions
-from pyro_sm.model_trace import isolated_rng
-from pyro_sm.objectives.buffer import Buffer, Round
-from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching, TrainingState
-from pyro_sm.objectives.population import Particles
-from pyro_sm.parallel_training import Task, num_processes, train_in_processes
-from pyro_sm.progress import Progress, progress_bar
-from pyro_sm.replicas import PerReplica, joined
-from pyro_sm.sampling.defensive import default_defence
-from pyro_sm.stopping import Schedule, StoppingRule, deferred_interrupt
+from pyro_sm.model.cache import same_arguments, tensor_versions
+from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.trace import isolated_rng
+from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round
+from pyro_sm.objectives.importance_weighted.objective import ImportanceWeightedScoreMatching, TrainingState
+from pyro_sm.objectives.importance_weighted.population import Particles
+from pyro_sm.smc.local_moves import LocalMoves
+from pyro_sm.training.checkpoint import read_checkpoint, write_checkpoint
+from pyro_sm.training.processes import Task, num_processes, train_in_processes
+from pyro_sm.training.progress import Progress, progress_bar
+from pyro_sm.training.schedule import Schedule, StoppingRule, deferred_interrupt
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 _NAMES = itertools.count()
@@ -692,7 +692,7 @@ class DiffusionSampler:
         """What must be equal for a resumed run to go on as it would have."""
         objective = self.objective
         return {
-            "noise": repr(self.guide.noise),
+            "levels": repr(self.guide.levels),
             "num_steps": repr(self.guide.num_steps),
             "architecture": repr(self.guide.architecture),
             "network dtype": str(self.guide.network_dtype),

@@ -8,7 +8,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from pyro_sm.base import Density, Evaluations
-from pyro_sm.density import FunctionDensity, GaussianDensity, TemperedDensity, gaussian_log_prob, value_and_score
+from pyro_sm.density import FunctionDensity, value_and_score
+from pyro_sm.gaussians.gaussian import GaussianDensity, gaussian_log_prob
 
 LOC = torch.tensor([0.7, -1.1, 2.0], dtype=torch.float64)
 TRIL = torch.tensor([[1.3, 0, 0], [-0.6, 0.4, 0], [0.9, 0.2, 2.1]], dtype=torch.float64)
@@ -79,49 +80,6 @@ def test_log_prob_is_differentiable_while_grad_is_enabled():
     torch.testing.assert_close(score, banana_score(z.detach()), **exact)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_tempered_is_the_geometric_mean(beta):
-    base, target = GaussianDensity(LOC, TRIL), FunctionDensity(banana, 3, dtype=torch.float64)
-    density = TemperedDensity(base, target, beta)
-    z = points()
-    value, score = density.log_prob_and_score(z)
-    expected = (1 - beta) * MultivariateNormal(LOC, scale_tril=TRIL).log_prob(z) + beta * banana(z)
-    torch.testing.assert_close(value, expected, **exact)
-    torch.testing.assert_close(density.log_prob(z), expected, **exact)
-    base_score = -torch.linalg.solve(TRIL @ TRIL.T, (z - LOC).T).T
-    torch.testing.assert_close(score, (1 - beta) * base_score + beta * banana_score(z), **exact)
-    assert not score.requires_grad
-    assert density.dtype == torch.float64
-
-
-class OnlyDetached:
-    """A density whose values carry no gradient: all that the contract promises."""
-
-    dim, dtype, device = 3, torch.float64, torch.device("cpu")
-
-    def __init__(self):
-        self.evaluations = Evaluations()
-
-    def log_prob(self, z):
-        self.evaluations.density += z.shape[0]
-        return banana(z).detach()
-
-    def log_prob_and_score(self, z):
-        self.evaluations.gradient += z.shape[0]
-        return self.log_prob(z), banana_score(z)
-
-
-def test_tempered_needs_no_more_of_the_target_than_the_contract():
-    target, z = OnlyDetached(), points()
-    _, score = TemperedDensity(GaussianDensity(LOC, TRIL), target, 1.0).log_prob_and_score(z)
-    torch.testing.assert_close(score, banana_score(z), **exact)
-
-
-def test_tempered_refuses_another_dimension():
-    with pytest.raises(ValueError, match="dimension 2"):
-        TemperedDensity(GaussianDensity(LOC, TRIL), FunctionDensity(lambda z: z.sum(-1), 2), 0.5)
-
-
 # ------------------------------------------------------------------------------------ counts and shapes
 
 
@@ -132,15 +90,6 @@ def test_evaluations_are_counted():
     assert density.evaluations == Evaluations(density=7, gradient=0)
     density.log_prob_and_score(points(5))
     assert density.evaluations == Evaluations(density=12, gradient=5)
-
-
-def test_tempered_counts_on_all_three():
-    base, target = GaussianDensity(LOC, TRIL), FunctionDensity(banana, 3, dtype=torch.float64)
-    density = TemperedDensity(base, target, 0.4)
-    density.log_prob(points(7))
-    density.log_prob_and_score(points(5))
-    for counted in (density, base, target):
-        assert counted.evaluations == Evaluations(density=12, gradient=5)
 
 
 def test_nan_is_minus_infinity():
@@ -155,16 +104,6 @@ def test_nan_is_minus_infinity():
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(score[2], torch.tensor([1 / math.e, 0.0]))
     assert density.evaluations == Evaluations(density=6, gradient=3, not_a_number=2)  # one NaN each; -inf is a number
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_tempered_is_never_nan(beta):
-    base = GaussianDensity(torch.zeros(2), torch.eye(2))
-    density = TemperedDensity(base, FunctionDensity(lambda z: torch.log(z[:, 0]), 2), beta)
-    z = torch.tensor([[-1.0, 0.0], [2.0, 1.0]])
-    for value in (density.log_prob(z), density.log_prob_and_score(z)[0]):
-        assert value[0] == -math.inf
-        assert bool(torch.isfinite(value[1]))
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 2), (2, 4, 3), (4, 4)])

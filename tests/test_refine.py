@@ -30,10 +30,11 @@ from pyro_sm import (
     nuts_from_guide,
     temper_guide,
 )
-from pyro_sm.corrections import IndependentMetropolis, TemperedSMC
-from pyro_sm.corrections.mixture_start import damped_covariance
+from pyro_sm.corrections import IndependentMetropolis
 from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.nn.mlp import MLP
+from pyro_sm.smc import TemperedSMC
+from pyro_sm.smc.mixture_start import damped_covariance
 from pyro_sm.weights import effective_sample_size, evidence, pareto_smooth
 
 LINES = [

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.ops.indexing import Vindex
+from samplers import DATA, LOG_EVIDENCE, assert_equal, books, hierarchy, make, name, trained
 
 from pyro_sm import (
     AutoDiffusion,
@@ -34,73 +35,18 @@ from pyro_sm import (
     WideComponent,
 )
 from pyro_sm.base import RoundInfo
-from pyro_sm.coupling import fit_coupling
+from pyro_sm.diffusion.coupling import fit_coupling
+from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
-from pyro_sm.noise import VE, VP
 from pyro_sm.sampler import Schedule
 from pyro_sm.targets import Funnel
-
-DATA = torch.tensor([1.0, -0.5, 2.0])
-LOG_EVIDENCE = dist.MultivariateNormal(torch.zeros(3), torch.full((3, 3), 4.0) + 2 * torch.eye(3)).log_prob(DATA)
-
 
 # Of (mu, t) given the data: precision by adding the terms of prior and likelihood.
 PRECISION = torch.tensor([[3.25, -1, -1, -1], [-1, 2, 0, 0], [-1, 0, 2, 0], [-1, 0, 0, 2]])
 COVARIANCE = torch.linalg.inv(PRECISION)
 LOC = COVARIANCE @ torch.cat([torch.zeros(1), DATA])
 POSTERIOR = GivenBase(LOC, torch.linalg.cholesky(COVARIANCE))
-
-
-def hierarchy(y):
-    mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 2.0))
-    with pyro.plate("n", len(y)):
-        t = pyro.sample("t", dist.Normal(mu, 1.0))
-        pyro.sample("y", dist.Normal(t, 1.0), obs=y)
-    pyro.deterministic("twice", 2 * mu)
-
-
-def make(model=hierarchy, budget=640, guide=None, objective=None, **options):
-    """Ten rounds of 64 draws and 5 steps, unless told otherwise."""
-    guide = guide or {}
-    options.setdefault("stopping", StoppingRule(max_evaluations=budget))
-    return DiffusionSampler(
-        model,
-        guide=AutoDiffusion(
-            model, **{"num_steps": 8, "architecture": MLP(width=16, depth=1), "name": name(), **guide}
-        ),
-        objective=ImportanceWeightedScoreMatching(
-            **{"num_particles": 64, "batch_size": 64, "steps_per_round": 5, **(objective or {})}
-        ),
-        disable_progbar=True,
-        **options,
-    )
-
-
-def name(counter=itertools.count()):  # noqa: B008 (one counter for all)
-    return f"guide{next(counter)}"
-
-
-def trained(*args, **options):
-    sampler = make(**options)
-    sampler.run(*(args or (DATA,)))
-    return sampler
-
-
-def books(sampler):
-    """The history without the seconds; NaN compares equal as text."""
-    return [repr(info._replace(seconds=0.0)) for info in sampler.history]
-
-
-def assert_equal(one, other):
-    """Bit for bit: history, parameters, and draws."""
-    assert books(one) == books(other)
-    mine, theirs = one.guide.state_dict(), other.guide.state_dict()
-    assert mine.keys() == theirs.keys()
-    assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
-    mine, theirs = one.get_samples(50), other.get_samples(50)
-    assert all(torch.equal(mine[site], theirs[site]) for site in mine)
-    assert one.log_evidence == other.log_evidence
 
 
 @pytest.fixture(scope="module")
@@ -408,8 +354,8 @@ KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
-import test_sampler
-sampler = test_sampler.make(checkpoint={path!r}, checkpoint_every=0.0)
+import samplers
+sampler = samplers.make(checkpoint={path!r}, checkpoint_every=0.0)
 real = sampler.save
 def save(path):
     real(path)
@@ -417,7 +363,7 @@ def save(path):
         sampler._step(*sampler._data, lambda info: None)  # on into the next round
         os.kill(os.getpid(), signal.SIGKILL)
 sampler.save = save
-sampler.run(test_sampler.DATA)
+sampler.run(samplers.DATA)
 """
 
 
@@ -473,7 +419,10 @@ def test_checkpoint_of_another_model(saved):
 @pytest.mark.parametrize(
     ("options", "setting"),
     [
-        ({"guide": {"noise": VP()}}, "noise: VE.* there, VP.* here"),
+        (
+            {"guide": {"levels": NoiseRange(0.01)}},
+            r"levels: .*min=0.002.* there, .*min=0.01.* here",
+        ),
         ({"guide": {"num_steps": 9}}, "num_steps: 8 there, 9 here"),
         ({"guide": {"architecture": MLP(width=17, depth=1)}}, r"architecture: MLP\(width=16"),
         ({"objective": {"num_particles": 65}}, "num_particles: 64 there, 65 here"),
@@ -765,7 +714,7 @@ def test_discrete_latents():
 
 
 def test_float64(float64):
-    sampler = trained(DATA.double(), guide={"noise": VE(0.01, 4.0)})
+    sampler = trained(DATA.double(), guide={"noise": NoiseRange(0.01, 4.0)})
     assert {value.dtype for value in sampler.get_samples(10).values()} == {torch.float64}
     assert sampler.guide.base_loc_unconstrained.dtype == torch.float64
 

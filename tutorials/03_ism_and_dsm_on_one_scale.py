@@ -47,7 +47,13 @@ from torch.distributions import constraints
 matplotlib.use("Agg")
 
 from pyro_sm.objectives import DenoisingScoreMatching, ImplicitScoreMatching, gaussian_information, no_guide
-from pyro_sm.objectives.score_estimation import denoising, denoising_centred, denoising_controlled, explicit, implicit
+from pyro_sm.objectives.energies.score_estimation import (
+    denoising,
+    denoising_centred,
+    denoising_controlled,
+    explicit,
+    implicit,
+)
 
 torch.set_num_threads(1)
 FIGURES = Path(os.environ.get("PYRO_SM_FIGURES") or tempfile.mkdtemp())

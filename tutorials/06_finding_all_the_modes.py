@@ -34,9 +34,10 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 
 import pyro_sm
-from pyro_sm.corrections import TemperedSMC
-from pyro_sm.density import FunctionDensity, GaussianDensity
+from pyro_sm.density import FunctionDensity
 from pyro_sm.examples.improper import factor_model
+from pyro_sm.gaussians.gaussian import GaussianDensity
+from pyro_sm.smc import TemperedSMC
 from pyro_sm.targets import GaussianMixture, SensorNetwork
 
 torch.set_num_threads(1)

@@ -27,17 +27,18 @@ from torch import Tensor
 
 from pyro_sm.bench.gaussian_guides import in_float64
 from pyro_sm.bench.rows import Row, machine, resumed
-from pyro_sm.diagnostics.verdict import Trust
+from pyro_sm.diagnostics.verdict.verdict import Trust
+from pyro_sm.diffusion.covering import WideComponent
 from pyro_sm.examples.errors import Errors, worst_errors
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.examples.posteriors import Posterior, posteriors
+from pyro_sm.gaussians.gaussian import LocScale
 from pyro_sm.guides import AutoDiffusion, GivenBase, LaplaceBase, PriorBase
-from pyro_sm.guides.bases import Base, LocScale
-from pyro_sm.model import ModelDensity
+from pyro_sm.guides.bases import Base
+from pyro_sm.model.density import ModelDensity
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.objectives import ImportanceWeightedScoreMatching
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
-from pyro_sm.sampling.defensive import WideComponent
 from pyro_sm.targets import Funnel, GaussianMixture, HasDraws, HasModes, UnequalModes
 
 _DRAWS = 10_000

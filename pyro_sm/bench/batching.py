@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from pyro_sm.bench.batching_models import PROBLEMS
-from pyro_sm.model import ModelDensity, OneByOne
+from pyro_sm.model.density import ModelDensity, OneByOne
 
 
 class Row(NamedTuple):

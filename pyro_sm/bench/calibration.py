@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pyro_sm.bench.rows import machine, resumed
 from pyro_sm.corrections import ImportanceResampling, Raw
-from pyro_sm.diagnostics.calibration import (
+from pyro_sm.diagnostics.calibration.simulation import (
     Calibration,
     Fit,
     Fitted,
@@ -41,8 +41,8 @@ from pyro_sm.diagnostics.calibration import (
     Simulated,
     simulation_based_calibration,
 )
-from pyro_sm.diagnostics.calibration_plots import plot_calibration
 from pyro_sm.diagnostics.export import KHAT_THRESHOLD
+from pyro_sm.diagnostics.plots.calibration import plot_calibration
 from pyro_sm.examples import eight_schools
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 

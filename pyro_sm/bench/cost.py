@@ -27,7 +27,7 @@ from pyro_sm.guides import AutoDiffusion, GivenBase, PriorBase
 from pyro_sm.guides.bases import Base
 from pyro_sm.nn.egnn import EGNN
 from pyro_sm.nn.mlp import Architecture
-from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching
+from pyro_sm.objectives.importance_weighted.objective import ImportanceWeightedScoreMatching
 from pyro_sm.targets import DoubleWellParticles, GaussianMixture, ManyWell, Target
 
 

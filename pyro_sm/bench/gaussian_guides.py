@@ -37,13 +37,13 @@ from pyro.infer.autoguide.initialization import init_to_value
 from pyro.optim import PyroLRScheduler
 from torch import Tensor
 
-from pyro_sm.batch_and_match import Gaussian, batch_and_match, start_at_mode
 from pyro_sm.bench.rows import machine, resumed
-from pyro_sm.density import gaussian_log_prob
 from pyro_sm.examples.posteriors import Posterior, posteriors
-from pyro_sm.model import ModelDensity, OuterPlate
+from pyro_sm.gaussians.batch_and_match import Gaussian, batch_and_match, start_at_mode
+from pyro_sm.gaussians.gaussian import gaussian_log_prob
+from pyro_sm.model.density import ModelDensity, OuterPlate
 from pyro_sm.objectives import FisherDivergence
-from pyro_sm.objectives.fisher_metrics import Identity, Metric
+from pyro_sm.objectives.metrics import Identity, Metric
 
 _DRAWS = 10_000
 _CHUNK = 1_000  # the hidden Markov models take 3 kB per latent and time step

@@ -28,7 +28,7 @@ from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.examples import eight_schools, galaxies
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase
-from pyro_sm.model import ModelDensity
+from pyro_sm.model.density import ModelDensity
 from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.targets.gaussian_mixture import GaussianMixture

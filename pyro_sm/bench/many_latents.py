@@ -28,9 +28,9 @@ from torch import Tensor
 
 from pyro_sm.base import Draws
 from pyro_sm.bench.rows import Row, machine, resumed
-from pyro_sm.density import gaussian_log_prob
+from pyro_sm.gaussians.gaussian import gaussian_log_prob
 from pyro_sm.guides import BatchAndMatchBase
-from pyro_sm.model import ModelDensity
+from pyro_sm.model.density import ModelDensity
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.weights import effective_sample_size, evidence, pareto_smooth
 

@@ -39,8 +39,8 @@ from pyro_sm.bench.rows import machine, resumed
 from pyro_sm.corrections import ImportanceResampling
 from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.examples.posteriors import Posterior
-from pyro_sm.model import ModelDensity, OuterPlate
-from pyro_sm.model_transforms import bijection_onto
+from pyro_sm.model.density import ModelDensity, OuterPlate
+from pyro_sm.model.transforms import bijection_onto
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 from pyro_sm.weights import effective_sample_size, evidence, pareto_smooth
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 import pyro_sm
-from pyro_sm.corrections import HamiltonianMove, ParallelTempering, Power, TemperedChains
-from pyro_sm.corrections.mixing import effective_draws, split_rhat
-from pyro_sm.density import FunctionDensity, GaussianDensity
-from pyro_sm.mean_free import MeanFree
+from pyro_sm.density import FunctionDensity
+from pyro_sm.gaussians.gaussian import GaussianDensity
+from pyro_sm.nn.mean_free import MeanFree
+from pyro_sm.smc import HamiltonianMove, ParallelTempering, Power, TemperedChains
+from pyro_sm.smc.mixing import effective_draws, split_rhat
 from pyro_sm.targets import DoubleWellParticles, LennardJones
 
 Particles = DoubleWellParticles | LennardJones

@@ -29,7 +29,7 @@ import torch
 
 from pyro_sm.bench.target_methods import Budget
 from pyro_sm.bench.targets import KEYS, TARGETS, Particles, draws_path, read_rows, reference_draws
-from pyro_sm.diagnostics.benchmark_plots import (
+from pyro_sm.diagnostics.plots.benchmark import (
     plot_against_dimension,
     plot_energies,
     plot_error_against_evaluations,

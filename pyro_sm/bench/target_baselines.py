@@ -21,10 +21,10 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_sm.base import Density, DiffusionGuide, DiffusionProcess, require
+from pyro_sm.diffusion.covering import Defence, WideComponent
 from pyro_sm.nn.mlp import Architecture
-from pyro_sm.objectives.buffer import Buffer
-from pyro_sm.objectives.score_matching import StepNoise, marginal_estimate
-from pyro_sm.sampling.defensive import Defence, WideComponent
+from pyro_sm.objectives.importance_weighted.buffer import Buffer
+from pyro_sm.objectives.importance_weighted.weightings import StepNoise, marginal_estimate
 
 
 @dataclass(frozen=True)

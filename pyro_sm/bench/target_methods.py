@@ -34,18 +34,19 @@ from torch import Tensor
 
 from pyro_sm.base import Draws, Evaluations
 from pyro_sm.bench.target_baselines import BoundedOutput, PathLogVariance, UnitWeights
-from pyro_sm.corrections import Crossover, DampedResampling, HamiltonianMove, ImportanceResampling, LocalMoves
-from pyro_sm.corrections.tempered import TemperedParticles, TemperedSMC
-from pyro_sm.density import GaussianDensity
+from pyro_sm.corrections import DampedResampling, ImportanceResampling
 from pyro_sm.diagnostics import draw_from_guide
 from pyro_sm.examples.improper import factor_model
+from pyro_sm.gaussians.gaussian import GaussianDensity
 from pyro_sm.guides import AutoDiffusion, GivenBase
-from pyro_sm.model import ModelDensity
+from pyro_sm.model.density import ModelDensity
 from pyro_sm.nn.egnn import EGNN
 from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights, PathWeights
-from pyro_sm.objectives.population import Population
-from pyro_sm.objectives.score_matching import Weighting
+from pyro_sm.objectives.importance_weighted.population import Population
+from pyro_sm.objectives.importance_weighted.weightings import Weighting
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
+from pyro_sm.smc import Crossover, HamiltonianMove, LocalMoves
+from pyro_sm.smc.tempered import TemperedParticles, TemperedSMC
 from pyro_sm.targets import DoubleWellParticles, LennardJones, Target
 from pyro_sm.weights import evidence
 
@@ -442,7 +443,7 @@ class Variational:
 
 @dataclass(frozen=True)
 class Tempered:
-    """:class:`~pyro_sm.corrections.tempered.TemperedSMC` from the start, with crossover; longer moves for clusters.
+    """:class:`~pyro_sm.smc.tempered.TemperedSMC` from the start, with crossover; longer moves for clusters.
 
     A pilot with few particles finds the number of temperatures; the run then has as many particles as the rest of the
     budget pays for. If it pays for no more than the pilot had, the pilot is the result: what was spent is counted.

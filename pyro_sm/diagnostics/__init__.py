@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Diagnostics: export to ArviZ, goodness of fit, and plots. ArviZ and matplotlib are imported when first needed."""
 
-from pyro_sm.diagnostics.benchmark_plots import (
-    plot_against_dimension,
-    plot_energies,
-    plot_error_against_evaluations,
-    plot_samples_over_contours,
-)
-from pyro_sm.diagnostics.calibration import (
+from pyro_sm.diagnostics.calibration.rank_uniformity import simultaneous_band, uniformity
+from pyro_sm.diagnostics.calibration.simulation import (
     Calibration,
     Fitted,
     Simulated,
     simulation_based_calibration,
 )
-from pyro_sm.diagnostics.calibration_plots import plot_calibration
-from pyro_sm.diagnostics.check import check, check_guide
-from pyro_sm.diagnostics.evidence_comparison import (
+from pyro_sm.diagnostics.evidence import (
     ComparedModel,
     EvidenceComparison,
     LogBayesFactor,
@@ -24,11 +17,18 @@ from pyro_sm.diagnostics.evidence_comparison import (
 from pyro_sm.diagnostics.export import KHAT_THRESHOLD, Provenance, draws_to_arviz, to_arviz
 from pyro_sm.diagnostics.goodness_of_fit import GoodnessOfFit, stein_goodness_of_fit
 from pyro_sm.diagnostics.guide_draws import WeightedGuide, draw_from_guide, guide_log_weight
-from pyro_sm.diagnostics.plots import plot_khat, plot_raw_vs_weighted, plot_training
-from pyro_sm.diagnostics.probe import Probe, Probed
-from pyro_sm.diagnostics.rank_uniformity import simultaneous_band, uniformity
+from pyro_sm.diagnostics.plots.benchmark import (
+    plot_against_dimension,
+    plot_energies,
+    plot_error_against_evaluations,
+    plot_samples_over_contours,
+)
+from pyro_sm.diagnostics.plots.calibration import plot_calibration
+from pyro_sm.diagnostics.plots.draws import plot_khat, plot_raw_vs_weighted, plot_training
 from pyro_sm.diagnostics.summary import summary_table
-from pyro_sm.diagnostics.verdict import Findings, Reason, Thresholds, Trust, TrustWarning, Verdict, judge
+from pyro_sm.diagnostics.verdict.check import check, check_guide
+from pyro_sm.diagnostics.verdict.probe import Probe, Probed
+from pyro_sm.diagnostics.verdict.verdict import Findings, Reason, Thresholds, Trust, TrustWarning, Verdict, judge
 
 __all__ = [
     "KHAT_THRESHOLD",

@@ -49,13 +49,13 @@ import pyro
 import torch
 from torch import Tensor
 
-import pyro_sm
+from pyro_sm._version import __version__
 from pyro_sm.base import Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.corrections import Correction, ImportanceResampling
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
-from pyro_sm.diagnostics.verdict import Trust, TrustWarning, Verdict
-from pyro_sm.model import ModelDensity
-from pyro_sm.model_trace import isolated_rng, prior_trace
+from pyro_sm.diagnostics.verdict.verdict import Trust, TrustWarning, Verdict
+from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.trace import isolated_rng, prior_trace
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 KHAT_THRESHOLD = 0.7
@@ -346,7 +346,7 @@ def _attributes(draws: Draws, correction: Correction, provenance: Provenance, le
     package = "arviz" if legacy else "arviz-base"
     return {
         "inference_library": "pyro_sm",
-        "inference_library_version": pyro_sm.__version__,
+        "inference_library_version": __version__,
         "torch_version": str(torch.__version__),
         "pyro_version": str(pyro.__version__),
         f"{package.replace('-', '_')}_version": importlib.metadata.version(package),

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
-from pyro_sm.model import ModelDensity
+from pyro_sm.model.density import ModelDensity
 from pyro_sm.stein import IMQ, RadialKernel, stein_test
 
 _CHUNK = 4096

@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_sm.base import Density, DiffusionGuide, Draws, PathGuide
-from pyro_sm.diagnostics.probe import process_log_weight
-from pyro_sm.model import ModelDensity
-from pyro_sm.sampling.defensive import default_defence
+from pyro_sm.diffusion.covering import default_defence, process_log_weight
+from pyro_sm.model.density import ModelDensity
 
 _CHUNK = 4096
 _CHECKS = 32

@@ -38,25 +38,26 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_sm.anchor import Anchor, fit_anchor
 from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
-from pyro_sm.coupling import Coupling, entropy, fit_coupling, refit_coupling
-from pyro_sm.denoiser import Denoiser
-from pyro_sm.guides.bases import Base, PriorBase, fits, moments_of
+from pyro_sm.diffusion.anchor import Anchor, fit_anchor
+from pyro_sm.diffusion.coupling import Coupling, entropy, fit_coupling, refit_coupling
+from pyro_sm.diffusion.covering import Defence, default_defence, draw_defensively
+from pyro_sm.diffusion.denoiser import Denoiser
+from pyro_sm.diffusion.diffusion import Diffusion
+from pyro_sm.diffusion.flow import FlowSolver
+from pyro_sm.diffusion.kernels import Kernels, gaussian_kernels
+from pyro_sm.diffusion.noise_range import NoiseRange
+from pyro_sm.diffusion.tails import HeavyTails
+from pyro_sm.gaussians.gaussian import fits, moments_of
+from pyro_sm.guides.bases import Base, PriorBase
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
-from pyro_sm.model import ModelDensity
-from pyro_sm.model_cache import Cache, bound_density
-from pyro_sm.model_trace import no_validation
-from pyro_sm.model_transforms import bijection_onto
+from pyro_sm.model.cache import Cache, bound_density
+from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.trace import no_validation
+from pyro_sm.model.transforms import bijection_onto
 from pyro_sm.nn.compiled import CompiledNetwork
 from pyro_sm.nn.mlp import MLP, Architecture
 from pyro_sm.nn.pieces import InPieces
-from pyro_sm.noise import VE, Noise, ratio_levels
-from pyro_sm.sampling.defensive import Defence, default_defence, draw_defensively
-from pyro_sm.sampling.diffusion import Diffusion
-from pyro_sm.sampling.flow import FlowSolver
-from pyro_sm.sampling.heavy_tails import HeavyTails
-from pyro_sm.sampling.reverse import Kernels, gaussian_kernels
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -108,7 +109,7 @@ class AutoDiffusion(AutoContinuous):
     Args:
         model: a Pyro model.
         base: how to choose the Gaussian base; the prior's robust moments by default, which covers every mode.
-        noise: noise schedule in whitened space.
+        levels: range of noise-to-signal ratios in whitened space; where in it the kernels stand is fitted.
         num_steps: K, reverse kernels per draw; where they stand is fitted (``sampling/levels.py``).
         architecture: the network, built as soon as the number of latents is known.
         network_dtype: of the network alone. Whatever the model's, float32 is good enough: kernels and weights are
@@ -138,7 +139,7 @@ class AutoDiffusion(AutoContinuous):
         model: Callable[..., Any],
         *,
         base: Base | None = None,
-        noise: Noise | None = None,
+        levels: NoiseRange | None = None,
         num_steps: int = 48,
         architecture: Architecture | None = None,
         network_dtype: torch.dtype = torch.float32,
@@ -159,7 +160,7 @@ class AutoDiffusion(AutoContinuous):
         self._pyro_name = name or type(self).__name__
         self._raw_model: tuple[Callable[..., Any]] | None = (model,)
         self.base = base or PriorBase()
-        self.noise = noise or VE()
+        self.levels = levels or NoiseRange()
         self.num_steps = num_steps
         self.architecture = architecture or MLP()
         self.network_dtype = network_dtype
@@ -263,7 +264,7 @@ class AutoDiffusion(AutoContinuous):
         aligned = torch.equal(scale_tril, scale_tril.diagonal().diag())
         network = self._build(dim, context_dim, aligned=aligned)
         weights = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
-        ratios = ratio_levels(self.noise, self.num_steps, dtype=loc.dtype, device=loc.device)
+        ratios = self.levels.levels(self.num_steps, dtype=loc.dtype, device=loc.device)
         kernels = gaussian_kernels(ratios, dim)
         self._register(
             {
@@ -450,9 +451,10 @@ class AutoDiffusion(AutoContinuous):
     def straighten(self, z: Tensor, args: Args = (), kwargs: Kwargs | None = None, *, begin: bool = True) -> bool:
         """Straighten what equally weighted latents ``z`` (N, D) show to be a funnel; whether anything was changed.
 
-        They do where some of them drive the scales of others (:mod:`pyro_sm.coupling`), by so much that a Gaussian
-        loses half a nat a draw by it. What the network has learned is then lost: it was about other coordinates. A
-        coupling that is in use follows the draws; what the network has learned is then kept, being nearly right.
+        They do where some of them drive the scales of others (:mod:`pyro_sm.diffusion.coupling`), by so much that a
+        Gaussian loses half a nat a draw by it. What the network has learned is then lost: it was about other
+        coordinates. A coupling that is in use follows the draws; what the network has learned is then kept, being
+        nearly right.
 
         Args:
             z: the latents.

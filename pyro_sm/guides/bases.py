@@ -10,58 +10,20 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, PyroSMWarning
-from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, match_to_rest, start_at_mode
-from pyro_sm.density import given_gaussian
+from pyro_sm.gaussians.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, match_to_rest, start_at_mode
+from pyro_sm.gaussians.gaussian import LocScale, given_gaussian
+from pyro_sm.gaussians.laplace import laplace
 from pyro_sm.guides.gaussian_fit import check_latents, guide_gaussian, latent_sizes
-from pyro_sm.laplace import laplace
-from pyro_sm.model import ModelDensity
+from pyro_sm.model.density import ModelDensity
 
 _FULL = 200  # latents up to which Batch-and-Match keeps a full covariance
 _MATCHED = 128  # draws, at least, that it is matched to in the end
-
-
-class LocScale(NamedTuple):
-    """``loc`` (D,) and lower-triangular ``scale_tril`` (D, D) of a Gaussian base."""
-
-    loc: Tensor
-    scale_tril: Tensor
-
-
-def moments_of(z: Tensor, *, isotropic: bool = False) -> LocScale:
-    """Mean and covariance of draws ``z`` (N, D), the latter drawn towards its diagonal by ``D/(D + N)``.
-
-    ``isotropic``: one variance for all latents, and the centre of nothing but the origin: what a symmetric network
-    needs of its base.
-    """
-    num_draws, dim = z.shape
-    if isotropic:
-        scale = z.double().square().mean().sqrt().to(z)
-        return LocScale(torch.zeros_like(z[0]), scale * torch.eye(dim, dtype=z.dtype, device=z.device))
-    wide = z.double()
-    covariance = torch.atleast_2d(torch.cov(wide.T, correction=0))
-    diagonal = torch.diag(covariance.diagonal().clamp(min=1e-12))
-    share = dim / (dim + num_draws)
-    tril = torch.linalg.cholesky((1 - share) * covariance + share * diagonal)
-    return LocScale(wide.mean(0).to(z), tril.to(z))
-
-
-def fits(u: Tensor) -> bool:
-    """Whether a standard normal base is good enough for whitened draws ``u`` (N, D).
-
-    It is where they are centred within 1.5 of its scales, and their own scales are between a third and twice its own
-    in every direction. To move it for less would only turn the latents by the noise of the draws, and hide from the
-    network which of them go together.
-    """
-    covariance = torch.atleast_2d(torch.cov(u.double().T, correction=0))
-    variances = torch.linalg.eigvalsh(covariance)
-    centred = float(u.mean(0).abs().max()) <= 1.5
-    return centred and float(variances[0]) >= 1 / 9 and float(variances[-1]) <= 4
 
 
 class Base(Protocol):

@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_sm.base import Evaluations
-from pyro_sm.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, start_at_mode
-from pyro_sm.model import ModelDensity
-from pyro_sm.model_trace import no_validation
+from pyro_sm.gaussians.batch_and_match import Gaussian, LowRankGaussian, batch_and_match, start_at_mode
+from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.trace import no_validation
 
 
 class GaussianFit(NamedTuple):

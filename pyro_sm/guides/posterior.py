@@ -15,7 +15,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_sm.sampling.diffusion import Diffusion
+from pyro_sm.diffusion.diffusion import Diffusion
 
 
 class DiffusionPosterior(TorchDistribution):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_sm.compiled_graphs import CompiledGraphs
+from pyro_sm.nn.graphs import CompiledGraphs
 
 Function = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 

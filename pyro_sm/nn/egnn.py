@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyro_sm.mean_free import helmert
+from pyro_sm.nn.mean_free import helmert
 from pyro_sm.nn.mlp import NoiseEmbedding, level_features
 from pyro_sm.nn.pieces import in_pieces
 
@@ -142,7 +142,7 @@ class EquivariantNetwork(nn.Module):
 class EGNN:
     """:class:`EquivariantNetwork` for ``num_particles`` particles in ``space_dim`` dimensions.
 
-    The model's latents are the mean-free coordinates of :class:`pyro_sm.mean_free.MeanFree`; its base should be
+    The model's latents are the mean-free coordinates of :class:`pyro_sm.nn.mean_free.MeanFree`; its base should be
     isotropic, or the sampler is not symmetric (its weights are right all the same).
 
     Raises:

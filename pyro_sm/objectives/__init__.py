@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives: score divergences with the interface of ``pyro.infer.ELBO``."""
 
-from pyro_sm.objectives.bridge import BridgeDensityEstimation, CorrectedDensity, gaussian_bridge
-from pyro_sm.objectives.density_estimation import (
+from pyro_sm.objectives.diffusion_matrices import ContinuousFlow, RiemannianMetric
+from pyro_sm.objectives.divergences.fisher import FisherDivergence
+from pyro_sm.objectives.divergences.mixture_fisher import (
+    EstimatedLogZ,
+    GivenMixing,
+    MixtureFisherDivergence,
+    PriorMixing,
+)
+from pyro_sm.objectives.divergences.stein import SteinDiscrepancy
+from pyro_sm.objectives.energies.bridge import BridgeDensityEstimation, CorrectedDensity, gaussian_bridge
+from pyro_sm.objectives.energies.density_estimation import (
     DenoisingScoreMatching,
     DiffusionScoreMatching,
     ImplicitScoreMatching,
     no_guide,
 )
-from pyro_sm.objectives.diffusion_matrices import ContinuousFlow, RiemannianMetric
-from pyro_sm.objectives.draws import DrawsScoreMatching
-from pyro_sm.objectives.fisher import FisherDivergence
-from pyro_sm.objectives.fisher_metrics import BaseSpace, FlowMetric, Identity, MatrixMetric
-from pyro_sm.objectives.importance_weighted import ImportanceWeightedScoreMatching
-from pyro_sm.objectives.learned_flow import AsinhFlow, fit_flow
-from pyro_sm.objectives.mixture_fisher import EstimatedLogZ, GivenMixing, MixtureFisherDivergence, PriorMixing
-from pyro_sm.objectives.score_estimation import estimated_information, gaussian_information
-from pyro_sm.objectives.score_matching import MarginalWeights, PathWeights
-from pyro_sm.objectives.stein import SteinDiscrepancy
+from pyro_sm.objectives.energies.score_estimation import estimated_information, gaussian_information
+from pyro_sm.objectives.flows import AsinhFlow, fit_flow
+from pyro_sm.objectives.importance_weighted.draws import DrawsScoreMatching
+from pyro_sm.objectives.importance_weighted.objective import ImportanceWeightedScoreMatching
+from pyro_sm.objectives.importance_weighted.weightings import MarginalWeights, PathWeights
+from pyro_sm.objectives.metrics import BaseSpace, FlowMetric, Identity, MatrixMetric
 
 __all__ = [
     "AsinhFlow",

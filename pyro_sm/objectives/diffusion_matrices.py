@@ -4,7 +4,7 @@ r"""Diffusion matrices ``m(x)``: what a score divergence may be measured in, and
 ``E ‖mᵀ(s_q − s_p)‖²`` depends on ``m mᵀ`` only, which is the inverse of a Riemannian metric G. Four sources, one set
 of arguments for ``FisherDivergence``, ``DiffusionScoreMatching`` and ``SteinDiscrepancy``:
 
-* a matrix or a function of x: :class:`~pyro_sm.objectives.fisher_metrics.MatrixMetric`, :func:`constant_matrix`;
+* a matrix or a function of x: :class:`~pyro_sm.objectives.metrics.MatrixMetric`, :func:`constant_matrix`;
 * a metric: :class:`RiemannianMetric`, ``m = C⁻ᵀ`` for ``G = CCᵀ``, so that ``m mᵀ = G⁻¹``;
 * a flow ``y = T(x)`` with Jacobian J: :func:`flow_matrix`, ``m = J⁻¹`` (``G = JᵀJ``): the divergence in y;
 * a flow along an ODE: :class:`ContinuousFlow`, a flow like any other.

@@ -3,7 +3,7 @@ r"""DW-4: four particles in the plane, every pair with a double well in its dist
 
     ``E(x) = Σ_{i<j} 0.9 (r_ij − 4)⁴ − 4 (r_ij − 4)²``,   kT, temperature 1,   ``p̃ = exp(−E)``.
 
-On the mean-free subspace: D = 6 latents (:mod:`pyro_sm.mean_free`). ``log Z`` is not known.
+On the mean-free subspace: D = 6 latents (:mod:`pyro_sm.nn.mean_free`). ``log Z`` is not known.
 
 Source: "Equivariant Flows: Exact Likelihood Generative Learning for Symmetric Densities"
 https://arxiv.org/abs/2006.02425 ; this scale of the energy as in "Adjoint Schrödinger Bridge Sampler"
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_sm.mean_free import MeanFree
+from pyro_sm.nn.mean_free import MeanFree
 from pyro_sm.targets.reference_draws import load_draws
 from pyro_sm.targets.target import CoveringGaussian
 

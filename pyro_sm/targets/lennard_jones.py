@@ -4,7 +4,7 @@ r"""LJ-13 and LJ-55: Lennard-Jones clusters held together by a weak spring.
     ``E(x) = 2 Σ_{i<j} (r_ij⁻¹² − 2 r_ij⁻⁶) + ½ Σ_i |x_i − x̄|²``,   kT, temperature 1,   ``p̃ = exp(−E)``.
 
 The 2 stands because the published energy sums over ordered pairs. On the mean-free subspace: D = 36 and 162 latents
-(:mod:`pyro_sm.mean_free`). ``log Z`` is not known.
+(:mod:`pyro_sm.nn.mean_free`). ``log Z`` is not known.
 
 ``r⁻¹²`` overflows where particles meet, which is where a sampler begins. Inside a core of radius ``r_c = 0.6`` the
 pair term is continued by its tangent in ``s = r²``: value and force are continuous, the energy still falls as
@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_sm.mean_free import MeanFree
+from pyro_sm.nn.mean_free import MeanFree
 from pyro_sm.targets.reference_draws import load_draws
 from pyro_sm.targets.target import CoveringGaussian
 

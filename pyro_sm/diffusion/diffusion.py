@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A diffusion sampler in latent space: Gaussian base, denoiser and kernels together, in plain torch.
+
+Latents ``z = m + L u`` are whitened by the base ``N(m, L Lᵀ)``; everything else happens in ``u``. Where latents drive
+the scales of others, a coupling bends what the base gives: ``z = T(m + L u)`` (``pyro_sm/coupling.py``). Log ratios
+and densities are handed out for ``z``, so ``log|det ∂z/∂u|`` is already in them: ``log w = log p̃(z) + R``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_sm.diffusion.coupling import Coupling
+from pyro_sm.diffusion.denoiser import Denoiser, Regression
+from pyro_sm.diffusion.flow import FlowSolver, ProbabilityFlow
+from pyro_sm.diffusion.kernels import Kernels, fit_kernels, path_log_ratio, sample_paths
+from pyro_sm.diffusion.levels import fit_levels
+from pyro_sm.diffusion.tails import HeavyTails
+
+_LEVEL_DRAWS = 1024  # levels need fewer than moments do, and look at many more places
+_LEVEL_NUMBERS = 65_536  # and fewer yet of many latents: their costs are added up
+_ROUND_NUMBERS = 32_768  # that one variance for all latents rests on
+_ROUND_LEVEL_NUMBERS = 8_192  # and the choice of levels, where all latents are alike
+
+_COVERING_DRAWS = 8192
+_FAR = 1e12  # in whitened space; of its square float32 still makes sums
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What a diffusion guide is, once Pyro is taken away. Satisfies ``pyro_sm.base.DiffusionProcess``.
+
+    Args:
+        denoiser: network and preconditioning, in whitened space.
+        kernels: levels and fitted covariances, in whitened space.
+        base_loc: (D,) ``m``.
+        base_scale_tril: (D, D) ``L``, lower triangular.
+        solver: for :meth:`log_prob`.
+        heavy: tails of the kernels that paths are drawn with; None for Gaussian ones.
+        coupling: ``T``; None for the identity.
+    """
+
+    denoiser: Denoiser
+    kernels: Kernels
+    base_loc: Tensor
+    base_scale_tril: Tensor
+    solver: FlowSolver = field(default_factory=FlowSolver)
+    heavy: HeavyTails | None = None
+    coupling: Coupling | None = None
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.base_loc.shape[0]
+
+    @property
+    def ratios(self) -> Tensor:
+        """Noise-to-signal ratios of the kernels, (K+1,), the first of them 0."""
+        return self.kernels.ratios
+
+    def _straight(self, u: Tensor) -> Tensor:
+        """``m + L u``; (..., D) to (..., D)."""
+        return self.base_loc + u @ self.base_scale_tril.T
+
+    def log_det(self, u: Tensor) -> Tensor:
+        """``log|det ∂z/∂u|`` (B,) at whitened points ``u`` (B, D), in nats."""
+        constant = self.base_scale_tril.diagonal().abs().log().sum()
+        if self.coupling is None:
+            return constant.expand(u.shape[0])
+        return constant + self.coupling.log_det(self._straight(u))
+
+    def to_latent(self, u: Tensor) -> Tensor:
+        """``T(m + L u)``; (..., D) to (..., D)."""
+        straight = self._straight(u)
+        return straight if self.coupling is None else self.coupling.bend(straight)
+
+    def to_white(self, z: Tensor) -> Tensor:
+        """``L⁻¹ (T⁻¹(z) − m)``; (B, D) to (B, D)."""
+        straight = z if self.coupling is None else self.coupling.straighten(z)
+        u = torch.linalg.solve_triangular(self.base_scale_tril, (straight - self.base_loc).T, upper=False).T
+        # Deep in the neck of a funnel, where a wide prior may draw, a latent's own scale underflows: far is far.
+        return u if self.coupling is None else torch.nan_to_num(u, nan=0.0).clamp(-_FAR, _FAR)
+
+    def is_round(self) -> bool:
+        """Whether the base is centred, and the same in all directions."""
+        scale = torch.eye(self.dim).to(self.base_scale_tril) * self.base_scale_tril[0, 0]
+        return self.coupling is None and not bool(self.base_loc.any()) and torch.equal(scale, self.base_scale_tril)
+
+    def covering(self) -> tuple[Tensor, Tensor]:
+        """Location (D,) and scale (D, D), lower triangular, of the base; bent, of the normal law with its moments."""
+        if self.coupling is None:
+            return self.base_loc, self.base_scale_tril
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(_COVERING_DRAWS, self.dim, generator=generator, dtype=torch.float64)
+        z = self.to_latent(noise.to(self.base_loc)).double()
+        tril = torch.linalg.cholesky(torch.atleast_2d(torch.cov(z.T)))
+        return z.mean(0).to(self.base_loc), tril.to(self.base_loc)
+
+    def _noise(self, levels: int, num_draws: int) -> Tensor:
+        return torch.randn(levels, num_draws, self.dim, dtype=self.base_loc.dtype, device=self.base_loc.device)
+
+    def draw(self, num_draws: int) -> tuple[Tensor, Tensor]:
+        """Draws ``z`` (N, D) and their path log ratio ``R`` (N,): ``E[exp(log p̃(z) + R)] = Z``."""
+        noise = self._noise(len(self.ratios), num_draws)
+        if self.heavy is not None:
+            noise = self.heavy.inflated(noise)
+        u, log_ratio = sample_paths(self.denoiser, self.kernels, noise, self.heavy)
+        return self.to_latent(u), log_ratio + self.log_det(u)
+
+    def path_log_ratio(self, z: Tensor) -> Tensor:
+        """``R`` (N,) of a forward-noised path from each given latent ``z`` (N, D)."""
+        noise = self._noise(len(self.ratios) - 1, z.shape[0])
+        u = self.to_white(z)
+        return path_log_ratio(self.denoiser, self.kernels, u, noise, self.heavy) + self.log_det(u)
+
+    def fit(self, z: Tensor, *, isotropic: bool = False) -> Kernels:
+        """Kernels refitted to equally weighted latents ``z`` (N, D), in random order: levels first, then moments.
+
+        ``isotropic``: the target, whitened, and the network are the same in all directions, and centred: one moment
+        for all latents, which fewer draws are enough for.
+        """
+        u = self.to_white(z)
+        if isotropic:
+            u = u[: max(_ROUND_NUMBERS // self.dim, 1)]
+        noise = torch.randn_like(u)
+        numbers = _ROUND_LEVEL_NUMBERS if isotropic else _LEVEL_NUMBERS
+        some = slice(min(_LEVEL_DRAWS, max(numbers // self.dim, 1)))
+        ratios = fit_levels(self.denoiser, self.kernels.ratios, u[some], noise[some])
+        return fit_kernels(self.denoiser, self.kernels._replace(ratios=ratios), u, noise, isotropic=isotropic)
+
+    def white_score(self, u: Tensor, score: Tensor) -> Tensor:
+        """``∇_u [log p(z(u)) + log|det ∂z/∂u|]`` (B, D) at ``u`` (B, D), from ``score = ∇_z log p`` (B, D)."""
+        if self.coupling is not None:
+            score = self.coupling.straight_score(self._straight(u), score)
+        return score @ self.base_scale_tril
+
+    def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> Regression:
+        """The denoiser's error against a target for the clean point; whitened, (B, D), (B, D) and (B,)."""
+        return self.denoiser.regression(target_mean, y, r)
+
+    def flow(self) -> ProbabilityFlow:
+        """The probability flow, in whitened space."""
+        return ProbabilityFlow(self.denoiser, self.kernels, self.solver)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """``log q(z)`` (B,) in nats, by the probability flow; ``z``: (B, D)."""
+        u = self.to_white(z)
+        return self.flow().log_prob(u) - self.log_det(u)

@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A Pyro model and its data as a batched density on R^D.
+
+For continuous latent sites ``θ_s = T_s(z_s)``, with ``T_s`` the bijection from R^n onto the site's support,
+
+    log p̃(z) = log p(θ, data) + Σ_s log |det ∂T_s/∂z_s|,
+
+discrete latents summed out exactly. ``z`` is the concatenation of the flattened ``z_s`` in the order of the
+model's trace. ``log p̃`` is in nats; its integral over R^D is the evidence of the data. A ``poutine.mask`` that is a
+tensor leaves out data, but not the prior of a latent: what is masked out integrates to one.
+
+What is refused, by the name of the site and with what to do about it
+(:class:`~pyro_sm.base.ModelRefusedError`): a structure that changes from call to call; discrete latents that
+cannot be enumerated; supports that depend on other latents; angles, whose density has no integral over the real
+line; NaN in data that no mask leaves out; plates that draw their own subsample; randomness outside sample
+statements; no latents at all; shapes that do not fit; a log density that is finite nowhere near the prior.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from pyro_sm.base import Evaluations, ModelRefusedError, PyroSMWarning
+from pyro_sm.density import value_and_score, without_nan
+from pyro_sm.model.batching import (
+    Batching,
+    OneByOne,
+    OuterPlate,
+    Read,
+    Reference,
+    Values,
+    VMap,
+    choose_batching,
+    first_disagreement,
+    fit_shape,
+    reference_points,
+    tolerance,
+)
+from pyro_sm.model.compiled import CompiledScores
+from pyro_sm.model.structure import IMPUTED, Site, Structure, check_same, finite, inspect_model
+from pyro_sm.model.trace import (
+    Recorder,
+    TracedModel,
+    describe_error,
+    isolated_rng,
+    no_validation,
+    nodes,
+    prior_trace,
+    site_log_prob,
+)
+
+__all__ = ["Batching", "ModelDensity", "OneByOne", "OuterPlate", "Site", "VMap"]
+
+_MANY_MASKED = 10  # fewer cost next to nothing
+# A million bytes or two of terms of the log density stay in the cache of a core; a run of the model costs a
+# millisecond, whatever the batch, and several under ``vmap``.
+_TERMS_IN_CACHE = 2**18
+_FEWEST_ROWS, _FEWEST_ROWS_BY_VMAP = 256, 1024
+
+
+def _nothing(z: Tensor) -> Tensor:
+    """Zeros (B,) that depend on ``z`` (B, D): they keep a graph alive where every row is impossible."""
+    return torch.nan_to_num(0 * z.sum(1), nan=0.0)
+
+
+class ModelDensity:
+    """``log p̃(z)`` of a Pyro model, batched, with its score. A :class:`~pyro_sm.base.Density`.
+
+    Args:
+        model: any Pyro model: a function, a ``PyroModule``, or either wrapped in handlers.
+        args: its positional arguments (the data).
+        kwargs: its keyword arguments.
+        batching: how to evaluate a batch. By default the fastest way that agrees with the loop in value and
+            score, found by trial; a way given here is used without trial.
+        chunk_size: split larger batches, for memory. By default 4096 for enumerated models and ``VMap``; on a CPU so
+            few that the terms of 256 latents or more, one for each of the data, stay in its cache.
+        compile: compile :meth:`log_prob_and_score` with ``torch.compile``, once per batch shape. The data are
+            baked in; models with trainable parameters are not compiled.
+        max_plate_nesting: lower bound on the number of batch dimensions to reserve for the model.
+        dtype: of ``z``; by default that of the model's own prior draws (promoted if they are mixed).
+        device: checked against the device of the model's prior draws, if given.
+
+    Attributes:
+        evaluations: latents pushed through the model by the user of this object.
+        verification_evaluations: those of the constructor; not part of ``evaluations``.
+        sites: continuous latent sites in trace order.
+        observed: data by site name (``pyro.factor`` statements are not among them).
+        deterministic: names of ``pyro.deterministic`` sites.
+        improper: latent sites whose prior cannot be sampled.
+        batching: the way in use.
+        batching_reasons: why the faster ways were not taken.
+
+    Raises:
+        ModelRefusedError: see the head of this file.
+        ValueError: the model's prior draws live on another device than ``device``.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        batching: Batching | None = None,
+        chunk_size: int | None = None,
+        compile: bool = False,
+        max_plate_nesting: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"expected a positive chunk_size, found {chunk_size}")
+        self.evaluations = Evaluations()
+        self.verification_evaluations = Evaluations()
+        self._has_prior: bool | None = None
+        self._traced = TracedModel(model, tuple(args), dict(kwargs or {}))
+        with torch.inference_mode(False), isolated_rng(0):
+            structure, traces = inspect_model(self._traced, max_plate_nesting=max_plate_nesting)
+            self._adopt(structure)
+            self.dtype = dtype or structure.dtype
+            if device is not None and torch.device(device).type != self.device.type:
+                raise ValueError(f"expected the model's latents on {device}, found them on {self.device}")
+            first = torch.stack([structure.pack_trace(trace, self.dtype) for trace in traces])
+            reference = reference_points(first, self._draw_points, self._score_reference)
+            self._check_deterministic(reference)
+            self._probe = reference.z[torch.arange(3) % len(reference.z)]
+            self.batching_reasons: tuple[str, ...] = ()
+            self.batching: Batching = batching or self._choose(reference)
+        self._warn_of_masked()
+        self._chunk_size = chunk_size
+        self._compiled = CompiledScores() if compile else None
+        if structure.params:
+            warnings.warn(
+                f"the model has trainable parameters ({', '.join(structure.params)}): losses on scores use "
+                "their current values and do not train them; give them priors, or train them with an ELBO",
+                PyroSMWarning,
+                stacklevel=2,
+            )
+
+    def _warn_of_masked(self) -> None:
+        for name, count in self._structure.masked.items():
+            if count >= _MANY_MASKED:
+                advice = (
+                    "give the missing values a site of their own, with as many values, and put them into the data "
+                    "with index_put"
+                    if name.endswith(IMPUTED)
+                    else "give the values that count a site of their own"
+                )
+                warnings.warn(
+                    f"{count} values of the latent site {name!r} are masked out: they follow their prior and say "
+                    f"nothing, but each makes the latent space one dimension larger; {advice}",
+                    PyroSMWarning,
+                    stacklevel=4,
+                )
+
+    def _adopt(self, structure: Structure) -> None:
+        self._structure = structure
+        self.sites = structure.sites
+        self.dim = structure.sites[-1].stop
+        self.device = structure.device
+        self.observed = structure.observed
+        self.deterministic = tuple(structure.deterministic)
+        self.improper = structure.improper
+
+    # ------------------------------------------------------------------------------------------ the density
+
+    @property
+    def max_plate_nesting(self) -> int:
+        """Batch dimensions in use, as Pyro's kernels and losses want to know."""
+        return self._structure.nesting
+
+    @property
+    def batching_method(self) -> str:
+        """``"outer plate"``, ``"vmap"`` or ``"one by one"``."""
+        return self.batching.name
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Largest number of latents pushed through the model at once; ``None`` for any."""
+        if self._chunk_size is not None:
+            return self._chunk_size
+        bounds = [4096] if self._structure.enumerated or isinstance(self.batching, VMap) else []
+        if self.device.type == "cpu":
+            fewest = _FEWEST_ROWS_BY_VMAP if isinstance(self.batching, VMap) else _FEWEST_ROWS
+            bounds.append(max(_TERMS_IN_CACHE // self._num_terms(), fewest))
+        return min(bounds, default=None)
+
+    def _num_terms(self) -> int:
+        """About how many numbers the log density of one latent goes through; ``pyro.factor`` hides its data."""
+        given = (*self._traced.args, *self._traced.kwargs.values())
+        data = self.observed.values() or [value for value in given if isinstance(value, Tensor)]
+        return self.dim + sum(values.numel() for values in data)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """``log p̃`` in nats, ``-inf`` where it is not a number. ``z``: (B, D); returns (B,).
+
+        Differentiable in ``z`` (twice, too) while grad is enabled.
+
+        Raises:
+            ValueError: ``z`` is not of shape (B, D).
+        """
+        z = self._checked(z)
+        self.evaluations.density += z.shape[0]
+        if z.shape[0] == 0:
+            return z.sum(1)
+        raw = torch.cat([self._raw_value(chunk, self.batching) for chunk in self._chunks(z)])
+        self.evaluations.not_a_number += int(torch.isnan(raw).sum())
+        return without_nan(raw)
+
+    def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``log p̃`` (B,) and its gradient (B, D), both detached; works under ``no_grad`` and inference mode.
+
+        The score is zero where ``log p̃ = -inf``.
+
+        Raises:
+            ValueError: ``z`` is not of shape (B, D).
+        """
+        z = self._checked(z)
+        self.evaluations.density += z.shape[0]
+        self.evaluations.gradient += z.shape[0]
+        with torch.inference_mode(False):
+            z = z.clone() if z.is_inference() else z.detach()
+            if z.shape[0] == 0:
+                return z.sum(1), z
+            results = [self._scored(chunk) for chunk in self._chunks(z)]
+            raw = torch.cat([value for value, _ in results])
+            self.evaluations.not_a_number += int(torch.isnan(raw).sum())
+            return without_nan(raw), torch.cat([score for _, score in results])
+
+    def log_prob_one_by_one(self, z: Tensor) -> Tensor:
+        """The reference route: every latent through its own run of the model. ``z``: (B, D); returns (B,)."""
+        z = self._checked(z)
+        self.evaluations.density += z.shape[0]
+        return self._reference_value(z)
+
+    def _reference_value(self, z: Tensor) -> Tensor:
+        if z.shape[0] == 0:
+            return z.sum(1)
+        return torch.cat([self._value(row, OneByOne()) for row in z.split(1)])
+
+    def _checked(self, z: Tensor) -> Tensor:
+        if z.ndim != 2 or z.shape[1] != self.dim:
+            raise ValueError(f"expected latents of shape (B, {self.dim}), found {tuple(z.shape)}")
+        return z.to(self.dtype)
+
+    def _chunks(self, z: Tensor) -> Sequence[Tensor]:
+        size = self.chunk_size
+        return (z,) if size is None or z.shape[0] <= size else z.split(size)
+
+    def _value(self, z: Tensor, batching: Batching) -> Tensor:
+        if z.shape[0] == 0:
+            return z.sum(1)
+        return without_nan(self._raw_value(z, batching))
+
+    def _raw_value(self, z: Tensor, batching: Batching) -> Tensor:
+        values, log_det = self._structure.constrain(z)
+        value = self._log_joint(batching, values, z.shape[0]).to(self.dtype)
+        return value if log_det is None else value + log_det
+
+    def _scored(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if self._compiled is not None and not self._structure.params and not isinstance(self.batching, OneByOne):
+            return self._compiled(self._score_eagerly, z)
+        return self._score_eagerly(z)
+
+    def _score_eagerly(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, with NaN that are still to be counted, and the score."""
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_(True)
+            raw = self._raw_value(leaf, self.batching) + _nothing(leaf)
+            (score,) = torch.autograd.grad(without_nan(raw).sum(), leaf)
+        raw = raw.detach()
+        return raw, torch.where((raw > -math.inf)[:, None], score, 0.0)  # 0 · ∞ in the chain rule is NaN
+
+    def _log_joint(self, batching: Batching, values: Values, size: int) -> Tensor:
+        """One latent with a singular matrix must not take its batch down: find it by halving."""
+        try:
+            return batching.log_joint(self._traced, values, size)
+        except torch.linalg.LinAlgError:
+            if size == 1:
+                return torch.full((1,), -math.inf, dtype=self.dtype, device=self.device)
+            half = size // 2
+            left = {name: value[:half] for name, value in values.items()}
+            right = {name: value[half:] for name, value in values.items()}
+            return torch.cat([self._log_joint(batching, left, half), self._log_joint(batching, right, size - half)])
+
+    # ------------------------------------------------------------------------------- latents and their sites
+
+    def unpack(self, z: Tensor) -> dict[str, Tensor]:
+        """Constrained values by site name. ``z``: (B, D); returns (B, *site.shape) each."""
+        return self._structure.constrain(self._checked(z))[0]
+
+    def pack(self, values: Values) -> Tensor:
+        """The inverse of :meth:`unpack`: (B, *site.shape) each; returns (B, D).
+
+        Raises:
+            ValueError: a site is missing or has the wrong shape.
+        """
+        return self._structure.pack(values, self.dtype)
+
+    # ----------------------------------------------------------------------------------- draws and read-outs
+
+    def prior_draws(self, num_draws: int) -> Tensor:
+        """Draws of the latents from the prior, unconditioned by the data. Returns (N, D).
+
+        Sites in :attr:`improper` are drawn uniformly from (-2, 2) in unconstrained space.
+        """
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            trace, _ = prior_trace(self._traced, size)
+            return {site.name: nodes(trace)[site.name]["value"] for site in self.sites}
+
+        shapes = {site.name: site.shape for site in self.sites}
+        with torch.no_grad():
+            z = self.pack(self._collect_random(read, {}, num_draws, shapes))
+        return finite(z)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether :meth:`log_prior` is the density of :meth:`prior_draws` for this model."""
+        if self._has_prior is None:
+            try:
+                self._has_prior = bool(torch.isfinite(self.log_prior(self._probe)).any())
+            except (NotImplementedError, ValueError):
+                self._has_prior = False
+        return self._has_prior
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log density (B,) in nats of :meth:`prior_draws` at ``z`` (B, D): no data, no factors, no scales, no masks.
+
+        Not part of ``evaluations``: the likelihood, which costs, is not evaluated. Differentiable in ``z``.
+
+        Raises:
+            NotImplementedError: a prior is improper, or depends on a discrete latent.
+        """
+        if self.improper:
+            raise NotImplementedError(f"the prior of the latent site {self.improper[0]!r} is improper")
+        names = [site.name for site in self.sites]
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            sites = nodes(self._traced.condition(values, size))
+            with no_validation():
+                terms = [sites[name]["fn"].log_prob(values[name]) for name in names]
+            if size is None:
+                if any(term.numel() > values[name].numel() for name, term in zip(names, terms, strict=True)):
+                    raise NotImplementedError("the prior of a continuous latent depends on a discrete one")
+                return {"log_prior": torch.stack([term.sum() for term in terms]).sum()}
+            return {"log_prior": torch.stack([term.reshape(size, -1).sum(-1) for term in terms]).sum(0)}
+
+        z = self._checked(z)
+        value = self._collect_checked(read, z, {"log_prior": Size([])})["log_prior"].to(self.dtype)
+        log_det = self._structure.constrain(z)[1]
+        return without_nan(value if log_det is None else value + log_det)
+
+    def log_prior_terms(self, z: Tensor) -> dict[str, Tensor]:
+        """Log prior density of each latent site in its own space, nats: no data, no factors, no scales, no masks.
+
+        ``z``: (B, D); returns (B, *shape) by site name, with the shape of the site less its event dimensions. Their
+        sum differs from :meth:`log_prior` by the log determinant of the maps onto the sites' supports.
+
+        Raises:
+            NotImplementedError: a prior is improper, or depends on a discrete latent.
+        """
+        if not self.has_prior:
+            self.log_prior(self._probe)  # says why
+            raise NotImplementedError("the prior has no finite density where it was looked at")
+        names = [site.name for site in self.sites]
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            sites = nodes(self._traced.condition(values, size))
+            with no_validation():
+                return {name: sites[name]["fn"].log_prob(values[name]) for name in names}
+
+        one = {name: value[0] for name, value in self.unpack(self._probe).items()}
+        with torch.no_grad():
+            shapes = {name: term.shape for name, term in read(one, None).items()}
+            return self._collect_checked(read, self._checked(z), shapes)
+
+    def posterior_predictive(self, z: Tensor) -> dict[str, Tensor]:
+        """Fresh draws of the observed sites, and the deterministic sites, given the latents.
+
+        ``z``: (B, D); returns (B, *shape) by site name. Discrete latents are drawn from their prior given
+        ``z``.
+        """
+        redraw = frozenset(self.observed)
+        shapes = {name: value.shape for name, value in self.observed.items()} | self._structure.deterministic
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            recorder = Recorder(values, self._traced.params, draw=True, redraw=redraw)
+            trace = self._traced.run(recorder, size)
+            return {name: nodes(trace)[name]["value"] for name in shapes}
+
+        with torch.no_grad():
+            # the density says nothing about deterministic sites, so an outer plate is not verified for them
+            trusted = not self._structure.deterministic
+            return self._collect_random(read, self.unpack(z), z.shape[0], shapes, trusted=trusted)
+
+    def deterministics(self, z: Tensor) -> dict[str, Tensor]:
+        """Values of the ``pyro.deterministic`` sites. ``z``: (B, D); returns (B, *shape) by site name."""
+        shapes = self._structure.deterministic
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            # drawn, not enumerated: a deterministic site gets one value per latent
+            trace = self._traced.run(Recorder(values, self._traced.params, draw=True), size)
+            return {name: nodes(trace)[name]["value"] for name in shapes}
+
+        with torch.no_grad():
+            if self._structure.enumerated:
+                return self._collect_random(read, self.unpack(z), z.shape[0], shapes)
+            return self._collect_checked(read, self._checked(z), shapes)
+
+    def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
+        """Pointwise log likelihood of each observed site, masked but not scaled.
+
+        ``z``: (B, D); returns (B, *shape) by site name, with the shape of the data less its event dimensions.
+
+        Raises:
+            NotImplementedError: the model has discrete latents, so that its data are not independent given
+            ``z``.
+        """
+        if self._structure.enumerated:
+            raise NotImplementedError(
+                f"pointwise log likelihood with the discrete latent site "
+                f"{self._structure.enumerated[0]!r}: the "
+                "data are not independent given the continuous latents"
+            )
+        shapes = self._structure.log_prob_shapes
+
+        def read(values: Values, size: int | None) -> dict[str, Tensor]:
+            sites = nodes(self._traced.condition(values, size))
+            with no_validation():
+                return {name: site_log_prob(name, sites[name], scaled=False) for name in shapes}
+
+        with torch.no_grad():
+            return self._collect_checked(read, self._checked(z), shapes)
+
+    def _collect(
+        self, batching: Batching, read: Read, values: Values, size: int, shapes: Mapping[str, Size]
+    ) -> dict[str, Tensor]:
+        found = batching.collect(self._traced, read, values, size)
+        return {name: fit_shape(name, found[name], size, shape) for name, shape in shapes.items()}
+
+    def _collect_random(
+        self, read: Read, values: Values, size: int, shapes: Mapping[str, Size], *, trusted: bool = True
+    ) -> dict[str, Tensor]:
+        """What is verified for the density holds for draws, unless discrete latents were enumerated there."""
+        if not shapes or size == 0:
+            return {name: torch.empty(size, *shape) for name, shape in shapes.items()}
+        ways: list[Batching] = [VMap()] if not isinstance(self.batching, OneByOne) else []
+        if trusted and isinstance(self.batching, OuterPlate) and not self._structure.enumerated and size > 1:
+            ways.insert(0, self.batching)
+        for way in ways:
+            try:
+                return self._collect(way, read, values, size, shapes)
+            except Exception:  # the loop below gives the same draws, and a better message if it fails as well
+                continue
+        return self._collect(OneByOne(), read, values, size, shapes)
+
+    def _collect_checked(self, read: Read, z: Tensor, shapes: Mapping[str, Size]) -> dict[str, Tensor]:
+        """The check of the density does not cover read-outs: compare with the loop at three known points."""
+        if not shapes or z.shape[0] == 0:
+            return {name: z.new_empty(z.shape[0], *shape) for name, shape in shapes.items()}
+        few, values = self.unpack(self._probe), self.unpack(z)
+        expected = self._collect(OneByOne(), read, few, len(self._probe), shapes)
+        ways: list[Batching] = [OuterPlate()] if isinstance(self.batching, OuterPlate) and len(z) > 1 else []
+        if not isinstance(self.batching, OneByOne):
+            ways.append(VMap())
+        rtol = tolerance(self.dtype)
+        for way in ways:
+            try:
+                found = self._collect(way, read, few, len(self._probe), shapes)
+                if all(
+                    torch.allclose(found[name], expected[name], rtol=rtol, atol=rtol, equal_nan=True)
+                    for name in shapes
+                ):
+                    return self._collect(way, read, values, len(z), shapes)
+            except Exception:  # the loop below gives the same values, and a better message if it fails too
+                continue
+        return self._collect(OneByOne(), read, values, len(z), shapes)
+
+    # ------------------------------------------------------------------------------------------- other data
+
+    def with_data(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> ModelDensity:
+        """The same model on other data: same latents, same batching, and a shared count of evaluations.
+
+        Raises:
+            ModelRefusedError: the latent sites or their shapes are not those of this density.
+        """
+        other = copy.copy(self)
+        other._traced = TracedModel(self._traced.model, tuple(args), dict(kwargs or {}))
+        other._traced.params = self._traced.params
+        with isolated_rng(0):
+            structure, _ = inspect_model(other._traced, num_traces=1, max_plate_nesting=self._structure.nesting)
+        check_same(
+            self._structure.signature,
+            structure.signature,
+            "the new data change the latents, so this needs a ModelDensity of its own",
+        )
+        other._adopt(structure)
+        if self._compiled is not None:
+            other._compiled = CompiledScores()
+        return other
+
+    # ---------------------------------------------------------------------------------------- construction
+
+    def _score_reference(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Value, NaN left as it is, and score by the loop; not part of ``evaluations``."""
+        self.verification_evaluations.density += z.shape[0]
+        self.verification_evaluations.gradient += z.shape[0]
+
+        def raw(leaf: Tensor) -> Tensor:
+            values = [self._raw_value(row, OneByOne()) for row in leaf.split(1)]
+            return torch.cat(values) + _nothing(leaf)
+
+        try:
+            with torch.inference_mode(False):
+                return value_and_score(raw, z)
+        except ModelRefusedError:
+            raise
+        except Exception as error:
+            hint = ""
+            if self._structure.enumerated and "Boolean value of Tensor" in str(error):
+                names = ", ".join(map(repr, self._structure.enumerated))
+                hint = f"; discrete latents ({names}) have all their values at once: write torch.where instead of if"
+            raise ModelRefusedError(f"the log density failed {describe_error(error)}{hint}") from error
+
+    def _draw_points(self, num_draws: int) -> Tensor:
+        """Prior draws (N, D) by the loop, which is what the constructor can rely on."""
+        traces = [prior_trace(self._traced)[0] for _ in range(num_draws)]
+        return torch.stack([self._structure.pack_trace(trace, self.dtype) for trace in traces])
+
+    def _check_deterministic(self, reference: Reference) -> None:
+        with torch.no_grad(), isolated_rng(1):
+            again = self._reference_value(reference.z[:1])
+        self.verification_evaluations.density += 1
+        if not torch.allclose(again, reference.value[:1], rtol=1e-5):
+            raise ModelRefusedError(
+                "the log density at one and the same point changes from call to call: the model draws random "
+                "numbers outside pyro.sample; make them a site or pass them in"
+            )
+
+    def _choose(self, reference: Reference) -> Batching:
+        def blame(z: Tensor) -> str:
+            return first_disagreement(self._traced, self._structure.constrain(z)[0], z.shape[0])
+
+        batching, self.batching_reasons = choose_batching(self._value, reference, blame)
+        tried = len(self.batching_reasons) + (not isinstance(batching, OneByOne))
+        self.verification_evaluations.density += tried * len(reference.z)
+        self.verification_evaluations.gradient += tried * len(reference.z)
+        if isinstance(batching, OneByOne):
+            warnings.warn(
+                "the model can only be evaluated one latent at a time, a hundred times slower or more; "
+                + "; ".join(self.batching_reasons),
+                PyroSMWarning,
+                stacklevel=3,
+            )
+        return batching

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Importance-weighted score matching as a Pyro objective: rounds of draws, steps of regression in between.
+
+One *round*: N draws from the guide (and a wide component), ``log p̃`` once per draw, path log weights, damping
+exponent γ; into the replay buffer; kernel variances refitted. One *step*: a batch of noised points and the loss of
+the chosen weighting. A round is due before the first step, then after every ``steps_per_round`` steps.
+
+The objective is the forward KL between path measures, ``KL(P ‖ P_θ) = E_t E_{x_t}[½ g² ‖s_θ − ∇log p_t‖²] + const``:
+its value is no bound on the evidence. The evidence is estimated by the weights of every round (``history``).
+
+Source: "Importance Weighted Score Matching for Diffusion Samplers with Enhanced Mode Coverage"
+https://arxiv.org/abs/2505.19431 .
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_sm.base import Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
+from pyro_sm.diffusion.covering import Defence, draw_defensively
+from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
+from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round, damped_round, round_statistics
+from pyro_sm.objectives.importance_weighted.population import Particles, Population, as_round
+from pyro_sm.objectives.importance_weighted.weightings import PathWeights, Weighting, draw_step_noise
+from pyro_sm.weights import resample
+
+_POPULATION = Population()
+_STRAIGHTENING = range(2, 13)  # rounds: before, there is little to see; after, too much to lose
+
+
+class TrainingState(NamedTuple):
+    """All that the next step needs and the guide does not hold.
+
+    ``buffer``: the last rounds. ``steps``: optimiser steps since the last round. ``loss_sum``: of those steps.
+    ``history``: one entry per round. ``seconds``: of rounds, losses and gradients so far. ``population``: particles
+    beside the sampler, if it has any; ``seeding``: the density evaluations that making them took.
+    """
+
+    buffer: Buffer = Buffer()
+    steps: int = 0
+    loss_sum: float = 0.0
+    history: tuple[RoundInfo, ...] = ()
+    seconds: float = 0.0
+    population: Particles | None = None
+    seeding: int = 0
+
+
+class ImportanceWeightedScoreMatching(GuideObjective):
+    r"""Trains a diffusion guide on an unnormalised model by importance-weighted score matching.
+
+    Used like ``Trace_ELBO``: ``SVI(model, guide, optim, loss=ImportanceWeightedScoreMatching())``. One ``svi.step``
+    is one optimiser step; every ``steps_per_round``-th also draws from the guide and evaluates the model. The
+    returned number is the regression loss less that of the untrained guide on the same batch: it starts at 0 and
+    falls as the guide learns; it does not bound the evidence.
+
+    Args:
+        num_particles: N, draws and density evaluations per round.
+        weighting: :class:`~pyro_sm.objectives.importance_weighted.weightings.PathWeights` (default) or
+            :class:`~pyro_sm.objectives.importance_weighted.weightings.MarginalWeights` (the paper's form).
+        wide: the component that keeps looking elsewhere; by default the weighting's choice: the model's prior
+            (:class:`~pyro_sm.PriorComponent`) or a widened base (:class:`~pyro_sm.WideComponent`).
+        effective_share: τ: damping leaves each round an effective share of at least τ.
+        buffer_rounds: rounds kept for replay.
+        steps_per_round: optimiser steps between rounds.
+        batch_size: noised points per step.
+        population: the particles that teach the sampler where the first round's weights leave nothing to learn from
+            (see :class:`~pyro_sm.Population`), or None to go without them. Not used by ``MarginalWeights``.
+        max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
+
+    Attributes:
+        state: the :class:`TrainingState`; replaced, never mutated.
+        on_seeding: None, or told of every inverse temperature β that is reached while a population is seeded. What it
+            raises ends the step, with ``state`` as it was before.
+
+    Raises:
+        TypeError: the guide is not a diffusion guide (at the first call).
+        ValueError: a count that is not positive; a round without a finite density.
+        ModelRefusedError: the model cannot be evaluated in batches (at the first call).
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 2048,
+        *,
+        weighting: Weighting | None = None,
+        wide: Defence | None = None,
+        effective_share: float = 0.3,
+        buffer_rounds: int = 4,
+        steps_per_round: int = 100,
+        batch_size: int = 1024,
+        population: Population | None = _POPULATION,
+        max_plate_nesting: float = float("inf"),
+    ) -> None:
+        for name, value in (
+            ("num_particles", num_particles),
+            ("buffer_rounds", buffer_rounds),
+            ("steps_per_round", steps_per_round),
+            ("batch_size", batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"expected {name} >= 1, found {value}")
+        if not 0 < effective_share < 1:
+            raise ValueError(f"expected effective_share in (0, 1), found {effective_share}")
+        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        self.weighting = weighting or PathWeights()
+        self.wide = wide
+        self.effective_share = effective_share
+        self.buffer_rounds = buffer_rounds
+        self.steps_per_round = steps_per_round
+        self.batch_size = batch_size
+        self.population = population if self.weighting.num_inner == 0 else None
+        self.state = TrainingState()
+        self.on_seeding: Callable[[float], None] | None = None
+        self._bound: tuple[object, Density] | None = None
+
+    @property
+    def evaluations_per_round(self) -> int:
+        """Density evaluations of a round and the steps that follow it."""
+        own = self.num_particles + self.steps_per_round * self.batch_size * self.weighting.num_inner
+        settings, particles = self.population, self.state.population
+        return own + (settings.evaluations_of(particles) if settings is not None and particles is not None else 0)
+
+    @property
+    def evaluations(self) -> Evaluations:
+        """Density and gradient evaluations so far, of the density now trained on."""
+        return Evaluations() if self._bound is None else self._bound[1].evaluations
+
+    @property
+    def history(self) -> tuple[RoundInfo, ...]:
+        """What each round measured, oldest first."""
+        return self.state.history
+
+    # -- rounds ------------------------------------------------------------------------------------------------
+
+    def round_due(self) -> bool:
+        """Whether the next step begins with a round."""
+        return not self.state.buffer.rounds or self.state.steps >= self.steps_per_round
+
+    def defence(self, density: Density) -> Defence:
+        """The wide component in use for this density."""
+        return self.wide if self.wide is not None else self.weighting.defence(density)
+
+    def _collect(self, guide: DiffusionGuide, density: Density, args: Args, kwargs: Kwargs) -> Round:
+        with torch.no_grad(), poutine.block():
+            process = guide.diffusion(args, kwargs)
+            draws, num_guide = draw_defensively(
+                process, density, self.defence(density), self.num_particles, with_score=self.weighting.needs_score
+            )
+            return damped_round(draws, num_guide, self.effective_share)
+
+    def refit(self, guide: DiffusionGuide, args: Args, kwargs: Kwargs) -> None:
+        """Refit the guide's coordinates and kernels to the buffer, resampled by its weights.
+
+        A funnel is straightened if the first rounds show one, and followed from then on.
+        """
+        buffer, rounds = self.state.buffer, len(self.state.history)
+        if buffer.rounds:
+            with torch.no_grad(), poutine.block():
+                index = resample(buffer.weights().log(), min(2048, self.num_particles * len(buffer.rounds)))
+                z = buffer.latents()[index]
+                guide.straighten(z, args, kwargs, begin=rounds in _STRAIGHTENING)
+                guide.refit(z, args, kwargs)
+
+    def _populate(
+        self, guide: DiffusionGuide, new: Round, density: Density, args: Args, kwargs: Kwargs
+    ) -> Particles | None:
+        """The population after this round; the first round decides whether there is one."""
+        settings, particles = self.population, self.state.population
+        first = not self.state.buffer.rounds
+        if settings is None or (
+            particles is None and not (first and settings.needed(new.draws.log_weight, density.dim))
+        ):
+            return None
+        with torch.no_grad(), poutine.block():
+            process = guide.diffusion(args, kwargs)
+            if particles is None:
+                before = density.evaluations.density
+                particles, mode = settings.seeded(process, density, self.on_seeding)
+                if settings.rebase:
+                    guide.rebase(particles.z, mode, args, kwargs)
+                self.state = self.state._replace(seeding=self.state.seeding + density.evaluations.density - before)
+                return particles
+            share = 1 - new.num_guide / len(new.draws.z)
+            particles, _ = settings.exchanged(particles, new.draws, process, density, self.defence(density), share)
+            return settings.moved(particles, density)
+
+    def _warn_of_many_latents(self, info: RoundInfo, dim: int) -> None:
+        """After the first round: said at once, and not by the verdict after minutes of training."""
+        settings = self.population or _POPULATION
+        # One who always wants a population has not said that every base is hopeless.
+        if dim > settings.max_dim and info.khat >= max(settings.min_khat, _POPULATION.min_khat):
+            warnings.warn(
+                f"the base is too far from the posterior to learn from: of {self.num_particles} weighted draws in "
+                f"{dim} latents a few carry all the weight (Pareto k̂ {info.khat:.1f}), and beyond "
+                f"{settings.max_dim} latents no population of particles helps out. Training goes on, but will most "
+                "likely take long and arrive nowhere. Start from a Gaussian that fits, base=BatchAndMatchBase() or "
+                "base=GuideBase(a Gaussian guide that you have fitted), or use NUTS",
+                PyroSMWarning,
+                stacklevel=2,
+            )
+
+    def _after_round(self, new: Round, density: Density, particles: Particles | None) -> TrainingState:
+        state = self.state
+        stats = round_statistics(new.draws.log_weight)
+        info = RoundInfo(
+            round=len(state.history) + 1,
+            gamma=new.gamma,
+            ess=stats.ess,
+            khat=stats.khat,
+            log_evidence=stats.log_evidence,
+            log_evidence_se=stats.log_evidence_se,
+            loss=state.loss_sum / state.steps if state.steps else float("nan"),
+            density_evaluations=density.evaluations.density,
+            gradient_evaluations=density.evaluations.gradient,
+            seconds=state.seconds,
+        )
+        if not state.history:
+            self._warn_of_many_latents(info, density.dim)
+        if particles is None or self.population is None:
+            buffer = state.buffer.push(new, self.buffer_rounds)
+        else:
+            taught = (
+                new if new.gamma >= self.population.min_gamma else new._replace(weight=torch.zeros_like(new.weight))
+            )
+            keep = 2 * self.buffer_rounds
+            buffer = state.buffer.push(taught, keep).push(as_round(particles), keep)
+        history = (*state.history, info)
+        return state._replace(buffer=buffer, steps=0, loss_sum=0.0, history=history, population=particles)
+
+    def bind(self, guide: DiffusionGuide, density: Density) -> None:
+        """Start afresh for another guide; keep the history but not the draws for other data."""
+        if self._bound is None:
+            self._bound = (guide, density)
+            return
+        if self._bound[0] is not guide:
+            self.state = TrainingState()
+        elif self._bound[1] is not density:
+            self.state = self.state._replace(buffer=Buffer(), steps=0, loss_sum=0.0, population=None)
+        self._bound = (guide, density)
+
+    # -- the ELBO interface ------------------------------------------------------------------------------------
+
+    def _loss(self, model: Callable[..., Any], guide: Any, args: Args, kwargs: Kwargs, *, commit: bool) -> Tensor:
+        started = time.monotonic()
+        diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
+        diffusion_guide.setup(model, args, kwargs)
+        density = diffusion_guide.density(model, args, kwargs)
+        process = diffusion_guide.diffusion(args, kwargs)
+        # Drawn before the round, so that a step has the same noise whether or not a round precedes it.
+        noise = draw_step_noise(process.ratios, self.batch_size, process.dim, self.weighting.num_inner)
+        if commit:
+            self.bind(diffusion_guide, density)
+            if self.round_due():
+                self.refit(diffusion_guide, args, kwargs)
+                new = self._collect(diffusion_guide, density, args, kwargs)
+                particles = self._populate(diffusion_guide, new, density, args, kwargs)
+                self.state = self._after_round(new, density, particles)
+                process = diffusion_guide.diffusion(args, kwargs)  # what was refitted is not in the old one
+        buffer = self.state.buffer
+        if self._bound is not None and (self._bound[0] is not guide or self._bound[1] is not density):
+            buffer = Buffer()  # a look at another guide or other data, which the rounds say nothing about
+        if not buffer.rounds:
+            buffer = Buffer((self._collect(diffusion_guide, density, args, kwargs),))
+        loss = self.weighting.loss(process, density, self.defence(density), buffer, noise).mean()
+        if commit:
+            self.state = self.state._replace(
+                steps=self.state.steps + 1,
+                loss_sum=self.state.loss_sum + float(loss.detach()),
+                seconds=self.state.seconds + time.monotonic() - started,
+            )
+        return loss
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss of one batch, its gradients added to the guide's parameters; may begin a round."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        started = time.monotonic()
+        loss.backward()
+        self.state = self.state._replace(seconds=self.state.seconds + time.monotonic() - started)
+        return float(loss.detach())

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A start for annealing that knows the modes: ``b'(z) = ρ b(z) + (1−ρ) Σ_k w_k N(z; m_k, Σ_k)``.
+
+A bridge ``b^{1−β} p̃^β`` weighs a narrow mode at ``m`` by about ``b(m)^{1−β}``: in many dimensions the modes in the
+tails of ``b`` all but vanish half-way, and no particle comes back to them. From a mixture of ``b`` with normal laws
+at the modes there is no such half-way point.
+
+1. *Ascent* of ``log p̃`` by limited-memory BFGS from draws of ``b``, widened, in units of their spread.
+2. *Merging*: the end points with ``(z−m)ᵀ Σ⁻¹ (z−m) < 4`` around a higher one are one mode with it, as two equal
+   normal laws no farther apart are. ``Σ`` is Laplace's, minus the inverse Hessian, its widths no larger than the
+   spread of ``b``.
+3. ``w``: half in proportion to Laplace's ``p̃(m_k) |2π Σ_k|^{½}``, half in equal parts, for Laplace may be far off.
+
+Where modes are too many to list, or not normal (shells, funnels), ``b'`` is no better than ``b``: the effective share
+of its weights ``p̃/b'`` tells.
+
+Source: "Numerical Optimization", algorithm 7.4 https://doi.org/10.1007/978-0-387-40065-5 .
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_sm.base import Density
+from pyro_sm.smc.mixture_start import MixtureStart, NormalLaws
+from pyro_sm.smc.path import Start
+from pyro_sm.weights import effective_sample_size
+
+_MEMORY = 10
+_SUFFICIENT = 1e-4  # of the predicted gain: Armijo's condition
+_ARRIVED = 1e-3  # nats that the next step is predicted to gain
+_STILL_CLIMBING = 0.1  # nats to be gained yet: where an ascent was cut off is no mode
+_APART = 4.0  # squared distance of two modes, in widths
+_NORMAL_IQR = 1.349  # interquartile range of N(0, 1)
+
+
+class Search(NamedTuple):
+    """What was found: the ``start`` to anneal from, and the ``modes``, None where they cannot be listed."""
+
+    start: Start
+    modes: NormalLaws | None
+
+
+class _Step(NamedTuple):
+    """``s`` (N, D) a step, ``y`` (N, D) the change of minus the gradient, ``curvature`` (N,) ``1/s·y``; 0 is none."""
+
+    s: Tensor
+    y: Tensor
+    curvature: Tensor
+
+
+def uphill(gradient: Tensor, steps: list[_Step]) -> Tensor:
+    """``H g`` (N, D), ``H`` the inverse of minus the Hessian that the last steps suggest; no longer than ``√D``."""
+    q, coefficients = gradient, []
+    for s, y, rho in reversed(steps):
+        coefficients.append(rho * (s * q).sum(-1))
+        q = q - coefficients[-1].unsqueeze(-1) * y
+    factor = torch.ones_like(gradient[:, 0])
+    for _, y, rho in steps:  # of the last step with a curvature
+        factor = torch.where(rho > 0, 1 / (rho * y.square().sum(-1)).clamp(min=1e-30), factor)
+    q = factor.unsqueeze(-1) * q
+    for (s, y, rho), a in zip(steps, reversed(coefficients), strict=True):
+        q = q + (a - rho * (y * q).sum(-1)).unsqueeze(-1) * s
+    length = q.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    return q * (math.sqrt(gradient.shape[1]) / length).clamp(max=1.0)
+
+
+def ascended(
+    density: Density, z: Tensor, scale: Tensor, num_steps: int, progress: Callable[[], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Where at most ``num_steps`` evaluations uphill from ``z`` (N, D) lead: ``z`` and ``log p̃`` (N,), nats.
+
+    No row ends lower than it began; one whose density is not finite stays, at ``-inf``. Ends when all but one row in
+    twenty have arrived.
+
+    Args:
+        density: to be climbed; one density and one gradient evaluation per row and step.
+        z: where to begin.
+        scale: (D,), the units of ``z``.
+        num_steps: at most so many.
+        progress: called after every step.
+    """
+    log_p, score = density.log_prob_and_score(z)
+    log_p = torch.nan_to_num(log_p, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    gradient = torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0) * scale
+    steps: list[_Step] = []
+    direction, length = uphill(gradient, steps), torch.ones_like(log_p)
+    for _ in range(num_steps):
+        new = z + length.unsqueeze(-1) * direction * scale
+        new_log_p, new_score = density.log_prob_and_score(new)
+        needed = _SUFFICIENT * length * (direction * gradient).sum(-1)
+        usable = torch.isfinite(new_log_p) & torch.isfinite(new_score).all(-1) & torch.isfinite(log_p)
+        better = usable & (new_log_p - log_p > needed)
+        keep = better.unsqueeze(-1)
+        s = torch.where(keep, (new - z) / scale, 0.0)
+        y = torch.where(keep, gradient - new_score * scale, 0.0)
+        product = (s * y).sum(-1)
+        steps = [*steps, _Step(s, y, torch.where(product > 0, 1 / product, 0.0))][-_MEMORY:]
+        z, log_p = torch.where(keep, new, z), torch.where(better, new_log_p, log_p)
+        gradient = torch.where(keep, new_score * scale, gradient)
+        length = torch.where(better, 1.0, length / 4)
+        direction = torch.where(keep, uphill(gradient, steps), direction)
+        if progress is not None:
+            progress()
+        arrived = length * (direction * gradient).sum(-1) < _ARRIVED
+        if float(arrived.double().mean()) >= 0.95:
+            break
+    return z, log_p
+
+
+class Curvature(NamedTuple):
+    """``precision`` (D, D): minus the Hessian, eigenvalues raised to 1. ``gain``: ``½ gᵀ precision⁻¹ g``, nats, what
+    the next Newton step is predicted to gain; nothing at a mode."""
+
+    precision: Tensor
+    gain: float
+
+
+def curvature_at(density: Density, z: Tensor, scale: Tensor) -> Curvature | None:
+    """The curvature at ``z`` (D,) in units of ``scale`` (D,), float64.
+
+    By central differences of 4D scores: the first 2D find the widths that the steps of the others are small beside.
+    None if a value or a score is not finite.
+    """
+    dim, relative = len(z), 1e-4 if z.dtype == torch.float64 else 1e-2
+    step = torch.full_like(z, relative)
+    curvature = torch.zeros(dim, dim, dtype=torch.float64, device=z.device)
+    gradient = curvature[0]
+    for _ in range(2):
+        offset = torch.diag(step * scale)
+        value, score = density.log_prob_and_score(torch.cat([z + offset, z - offset]))
+        if not bool(torch.isfinite(value).all()):
+            return None
+        curvature = -((score[:dim] - score[dim:]) * scale).double() / (2 * step.double().unsqueeze(-1))
+        gradient = (score * scale).double().mean(0)
+        if not bool(torch.isfinite(curvature).all()):
+            return None
+        step = relative * curvature.diagonal().clamp(min=1.0).rsqrt().to(z)
+    value, vector = torch.linalg.eigh((curvature + curvature.T) / 2)
+    value = value.clamp(min=1.0)
+    return Curvature((vector * value) @ vector.T, 0.5 * float(((gradient @ vector).square() / value).sum()))
+
+
+@dataclass(frozen=True)
+class ModeSearch:
+    """Settings of the search; :meth:`run` it on a density and a start.
+
+    Args:
+        num_ascents: how many climb; a mode is found if one begins in its basin.
+        max_steps: of every ascent, each one density and one gradient evaluation per row.
+        max_modes: with more than these there is no use in a list.
+        max_dim: with more latents than these the modes are not looked for: each costs 4D gradients for its curvature.
+        start_share: ρ, in (0, 1).
+        widening: ascents begin at the start's draws, this much farther from their median: else the basins in the
+            tails of the start have few.
+        min_effective_share: what the weights of the mixture must leave of draws for it to be used, in [0, 1].
+
+    Raises:
+        ValueError: a count or the widening that is not positive, or a share out of its range.
+    """
+
+    num_ascents: int = 512
+    max_steps: int = 60
+    max_modes: int = 100
+    max_dim: int = 200
+    start_share: float = 0.5
+    widening: float = 1.5
+    min_effective_share: float = 0.15
+
+    def __post_init__(self) -> None:
+        for name in ("num_ascents", "max_steps", "max_modes", "max_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, found {getattr(self, name)}")
+        if not self.widening > 0:
+            raise ValueError(f"expected a positive widening, found {self.widening}")
+        if not 0 < self.start_share < 1:
+            raise ValueError(f"expected start_share in (0, 1), found {self.start_share}")
+        if not 0 <= self.min_effective_share <= 1:
+            raise ValueError(f"expected min_effective_share in [0, 1], found {self.min_effective_share}")
+
+    def run(self, density: Density, start: Start, *, progress: Callable[[], None] | None = None) -> Start:
+        """The start that :meth:`find` finds."""
+        return self.find(density, start, progress=progress).start
+
+    @torch.no_grad()
+    def find(self, density: Density, start: Start, *, progress: Callable[[], None] | None = None) -> Search:
+        """``b'`` and the modes; with ``start`` as it is if there are too many modes, none, or ``b'`` does not fit.
+
+        ``progress`` is called after every step of the ascents and every mode.
+        """
+        if density.dim > self.max_dim:
+            return Search(start, None)
+        z = start.sample(self.num_ascents)
+        quarter, loc, three = torch.quantile(z.double(), z.new_tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
+        spread = ((three - quarter) / _NORMAL_IQR).to(z)
+        scale = torch.where(torch.isfinite(spread) & (spread > 0), spread, 1.0)
+        begin = loc.to(z) + self.widening * (z - loc.to(z))
+        modes = self._merged(density, *ascended(density, begin, scale, self.max_steps, progress), scale, progress)
+        if modes is None:
+            return Search(start, None)
+        mixture = MixtureStart(start, modes, self.start_share)
+        z = mixture.sample(self.num_ascents)
+        log_w = density.log_prob(z) - mixture.log_prob_and_score(z)[0]
+        log_w = torch.nan_to_num(log_w, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        fits = effective_sample_size(log_w) >= self.min_effective_share * len(z)
+        return Search(mixture if fits else start, modes)
+
+    def _merged(
+        self, density: Density, z: Tensor, log_p: Tensor, scale: Tensor, progress: Callable[[], None] | None
+    ) -> NormalLaws | None:
+        """The modes among end points ``z`` (N, D) with ``log_p`` (N,); None if there are too many, or none."""
+        left = torch.isfinite(log_p)
+        found: list[tuple[int, Tensor]] = []
+        while bool(left.any()):
+            if len(found) == self.max_modes:
+                return None
+            best = int(torch.where(left, log_p, -math.inf).argmax())
+            left[best] = False
+            curvature = curvature_at(density, z[best], scale)
+            if progress is not None:
+                progress()
+            if curvature is None or curvature.gain > _STILL_CLIMBING:
+                continue
+            precision = curvature.precision
+            offset = ((z - z[best]) / scale).double()
+            left = left & (((offset @ precision) * offset).sum(-1) >= _APART)
+            found.append((best, precision))
+        if not found:
+            return None
+        index = torch.tensor([i for i, _ in found], device=z.device)
+        tril = torch.linalg.cholesky(torch.linalg.inv(torch.stack([p for _, p in found])))
+        log_volume = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        weight = 0.5 * torch.softmax(log_p[index].double() + log_volume, 0) + 0.5 / len(found)
+        return NormalLaws(z[index], (scale.double().unsqueeze(-1) * tril).to(z), weight.log().to(z))
