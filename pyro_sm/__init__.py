@@ -3,7 +3,7 @@
 
 from pyro_sm._version import __version__ as __version__
 from pyro_sm.base import CheckpointError, Draws, ModelRefusedError, PyroSMWarning
-from pyro_sm.corrections import ImportanceResampling, Raw
+from pyro_sm.corrections import ImportanceResampling, NoCorrection
 from pyro_sm.diagnostics import (
     Probe,
     Trust,
@@ -15,7 +15,7 @@ from pyro_sm.diagnostics import (
     stein_goodness_of_fit,
     to_arviz,
 )
-from pyro_sm.diffusion.covering import PriorComponent, WideComponent
+from pyro_sm.diffusion.covering import PriorCovering, WideCovering
 from pyro_sm.diffusion.tails import HeavyTails
 from pyro_sm.guides import (
     AutoDiffusion,
@@ -41,7 +41,7 @@ from pyro_sm.objectives import (
     SteinDiscrepancy,
 )
 from pyro_sm.objectives.importance_weighted.population import Population
-from pyro_sm.refine import Tempered, nuts_from_guide, temper_guide
+from pyro_sm.refine import TemperedPosterior, nuts_from_guide, temper_guide
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 
 __all__ = [
@@ -67,20 +67,20 @@ __all__ = [
     "MixtureFisherDivergence",
     "ModelDensity",
     "ModelRefusedError",
+    "NoCorrection",
     "PathWeights",
     "Population",
     "PriorBase",
-    "PriorComponent",
+    "PriorCovering",
     "Probe",
     "PyroSMWarning",
-    "Raw",
     "SteinDiscrepancy",
     "StoppingRule",
-    "Tempered",
+    "TemperedPosterior",
     "Trust",
     "TrustWarning",
     "Verdict",
-    "WideComponent",
+    "WideCovering",
     "check",
     "check_guide",
     "compare_evidence",

@@ -40,27 +40,27 @@ class CheckpointError(RuntimeError):
 class Evaluations:
     """How many latents were pushed through the user's model.
 
-    ``density`` counts values of ``log p̃``; ``gradient`` counts scores (each score also counts as one density).
+    ``values`` counts values of ``log p̃``; ``scores`` counts its gradients (each comes with a value, counted too).
     ``not_a_number`` counts values that were NaN, and were read as ``-inf``.
     """
 
-    density: int = 0
-    gradient: int = 0
+    values: int = 0
+    scores: int = 0
     not_a_number: int = 0
 
     def __add__(self, other: Evaluations) -> Evaluations:
         """Both."""
         return Evaluations(
-            self.density + other.density,
-            self.gradient + other.gradient,
+            self.values + other.values,
+            self.scores + other.scores,
             self.not_a_number + other.not_a_number,
         )
 
     def __sub__(self, earlier: Evaluations) -> Evaluations:
         """What came after an ``earlier`` count."""
         return Evaluations(
-            self.density - earlier.density,
-            self.gradient - earlier.gradient,
+            self.values - earlier.values,
+            self.scores - earlier.scores,
             self.not_a_number - earlier.not_a_number,
         )
 
@@ -170,7 +170,7 @@ class DiffusionProcess(Protocol):
         """Whitened points (B, D) as latents."""
         ...
 
-    def covering(self) -> tuple[Tensor, Tensor]:
+    def covering_gaussian(self) -> tuple[Tensor, Tensor]:
         """Location (D,) and scale (D, D), lower triangular, of a normal law that reaches what the base reaches."""
         ...
 

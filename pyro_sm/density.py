@@ -59,15 +59,15 @@ class FunctionDensity:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log p̃`` (B,) for ``z`` (B, D), nats; differentiable while grad is enabled."""
-        self.evaluations.density += z.shape[0]
+        self.evaluations.values += z.shape[0]
         value = self._value(z)
         self.evaluations.not_a_number += int(torch.isnan(value).sum())
         return without_nan(value)
 
     def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``log p̃`` (B,) and its gradient (B, D), detached; the latter may be NaN where ``log p̃ = -inf``."""
-        self.evaluations.density += z.shape[0]
-        self.evaluations.gradient += z.shape[0]
+        self.evaluations.values += z.shape[0]
+        self.evaluations.scores += z.shape[0]
         value, score = value_and_score(self._value, z)
         self.evaluations.not_a_number += int(torch.isnan(value).sum())
         return without_nan(value), score

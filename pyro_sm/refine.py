@@ -33,7 +33,7 @@ from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
 from pyro_sm.base import Draws, Evaluations
-from pyro_sm.corrections import Correction, ImportanceResampling, Raw
+from pyro_sm.corrections import Correction, ImportanceResampling, NoCorrection
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
 from pyro_sm.diagnostics.verdict.verdict import Findings, Verdict, judge
@@ -55,11 +55,11 @@ class _AsTheyAre(NamedTuple):
     name: str = "tempered SMC from the guide"
 
     def apply(self, draws: Draws, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        return Raw().apply(draws, num_samples, generator)
+        return NoCorrection().apply(draws, num_samples, generator)
 
 
 @dataclass(frozen=True)
-class Tempered:
+class TemperedPosterior:
     """What :func:`temper_guide` leaves.
 
     Args:
@@ -132,7 +132,7 @@ class Tempered:
         return draws_to_arviz(
             self.density,
             Draws(z, log_p, torch.zeros_like(log_p)),
-            provenance=Provenance(objective, self.seed, spent.density, spent.gradient),
+            provenance=Provenance(objective, self.seed, spent.values, spent.scores),
             num_samples=num_samples,
             num_chains=num_chains,
             correction=_AsTheyAre(),
@@ -177,7 +177,7 @@ def temper_guide(
     num_draws: int = 4000,
     seed: int = 0,
     **kwargs: Any,
-) -> Tempered:
+) -> TemperedPosterior:
     """Tempered SMC from around a guide's draws to the posterior.
 
     Args:
@@ -201,7 +201,7 @@ def temper_guide(
         pool = _pool(guide, density, num_draws, args, kwargs)
         particles = smc.run(density, around_draws(pool, min(_NUM_LAWS, len(pool.z))))
         samples = density.unpack(particles.z)
-    return Tempered(samples, particles, replace(density.evaluations), seed, density)
+    return TemperedPosterior(samples, particles, replace(density.evaluations), seed, density)
 
 
 class _GivenMassMatrix(BlockMassMatrix):

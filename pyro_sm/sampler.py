@@ -46,9 +46,9 @@ from pyro_sm.diagnostics.verdict.check import (
     stein_findings,
     training_findings,
 )
-from pyro_sm.diagnostics.verdict.probe import Probe, Probed, start_for
+from pyro_sm.diagnostics.verdict.probe import Probe, ProbeResult, start_for
 from pyro_sm.diagnostics.verdict.verdict import Findings, Thresholds, Verdict, judge
-from pyro_sm.diffusion.covering import default_defence, process_log_weight
+from pyro_sm.diffusion.covering import default_covering, process_log_weight
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bases import Base
 from pyro_sm.model.cache import same_arguments, tensor_versions
@@ -174,7 +174,7 @@ class DiffusionSampler:
         self._drawn = Evaluations()
         self._last_saved = -math.inf
         self._label = ""
-        self.probed: Probed | None = None
+        self.probe_result: ProbeResult | None = None
         self._probe_settings: Probe | None = None
         self._verdict: Verdict | None = None
         self.replicas = (self, *(self._replica(chain, num_chains) for chain in range(1, num_chains)))
@@ -367,7 +367,7 @@ class DiffusionSampler:
         self.schedule = Schedule()
         self._drawn = Evaluations()
         self._optimiser = None
-        self._pool_of_draws, self._verdict, self.probed = None, None, None
+        self._pool_of_draws, self._verdict, self.probe_result = None, None, None
         torch.manual_seed(self.seed)
 
     def _density(self) -> ModelDensity:
@@ -378,7 +378,7 @@ class DiffusionSampler:
     def _warn_of_nan(self) -> None:
         evaluations = self._density().evaluations
         if evaluations.not_a_number:
-            share = evaluations.not_a_number / max(evaluations.density, 1)
+            share = evaluations.not_a_number / max(evaluations.values, 1)
             warnings.warn(
                 f"the log density was NaN at {evaluations.not_a_number} latents ({share:.1%} of those evaluated); "
                 "they were taken to be impossible. If the likelihood should be finite there, the posterior is wrong",
@@ -461,7 +461,7 @@ class DiffusionSampler:
         except (KeyboardInterrupt, _SeedingStopped):
             self.objective.state = state
             self._set_rng_state(rng)
-            counted.density, counted.gradient, counted.not_a_number = before
+            counted.values, counted.scores, counted.not_a_number = before
             raise
 
     def _bar(self, line: int | None = None) -> contextlib.AbstractContextManager[Callable[[Progress], None]]:
@@ -485,8 +485,8 @@ class DiffusionSampler:
     def draws(self, num_draws: int) -> Draws:
         """At least ``num_draws`` weighted draws, kept for later calls; the guide's own come first.
 
-        See :meth:`~pyro_sm.AutoDiffusion.draw_weighted`: the last tenth is the wide component's. Of several replicas,
-        as many of each, one after the other.
+        See :meth:`~pyro_sm.AutoDiffusion.draw_weighted`: the last tenth is the covering component's. Of several
+        replicas, as many of each, one after the other.
         """
         each = -(-num_draws // len(self.replicas))
         pools = [replica._draws(each) for replica in self.replicas]
@@ -504,7 +504,7 @@ class DiffusionSampler:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed + 7919)
                 self._pool_of_draws = self.guide.draw_weighted(
-                    density, num_draws, args, kwargs, wide=self.objective.wide
+                    density, num_draws, args, kwargs, covering=self.objective.covering
                 )
         return self._pool_of_draws
 
@@ -532,7 +532,7 @@ class DiffusionSampler:
         Args:
             num_samples: how many; a multiple of the number of replicas, whose draws follow each other.
             correction: importance resampling from four times as many guide draws by default;
-                :class:`~pyro_sm.corrections.Raw` for the guide's own.
+                :class:`~pyro_sm.corrections.NoCorrection` for the guide's own.
             moves: of every draw that was chosen, by the posterior's score: they part those chosen more than once, and
                 mend what is wrong in the small. They do not change the shares of modes.
         """
@@ -576,7 +576,7 @@ class DiffusionSampler:
     def check(
         self,
         *,
-        probe: Probe | Probed | None = DEFAULT_PROBE,
+        probe: Probe | ProbeResult | None = DEFAULT_PROBE,
         correction: Correction | None = None,
         stein_draws: int = 0,
         thresholds: Thresholds | None = None,
@@ -617,7 +617,7 @@ class DiffusionSampler:
         self,
         findings: Findings,
         pool: Draws,
-        probe: Probe | Probed,
+        probe: Probe | ProbeResult,
         density: ModelDensity,
         thresholds: Thresholds | None,
     ) -> Findings:
@@ -626,14 +626,14 @@ class DiffusionSampler:
         with torch.no_grad(), poutine.block():
             processes = [replica.guide.diffusion(args, kwargs) for replica in self.replicas]
             if isinstance(probe, Probe):
-                if self.probed is None or self._probe_settings != probe:
+                if self.probe_result is None or self._probe_settings != probe:
                     with probe_progress(self.disable_progbar) as report:
-                        start = start_for(density, processes[0].covering)
-                        self.probed = look_elsewhere(probe, density, start, pool.log_weight, thresholds, report)
+                        start = start_for(density, processes[0].covering_gaussian)
+                        self.probe_result = look_elsewhere(probe, density, start, pool.log_weight, thresholds, report)
                     self._probe_settings = probe
-                probe = self.probed
-            wide = self.objective.wide or default_defence(density)
-            weights = [process_log_weight(p, density, wide, probe.z, probe.log_p) for p in processes]
+                probe = self.probe_result
+            covering = self.objective.covering or default_covering(density)
+            weights = [process_log_weight(p, density, covering, probe.z, probe.log_p) for p in processes]
         return probe_findings(findings, pool.log_weight, probe, weights)
 
     def to_arviz(self, num_samples: int = 4000, *, correction: Correction | None = None, **options: Any) -> Any:
@@ -642,7 +642,7 @@ class DiffusionSampler:
         With the verdict, if :meth:`check` was called; of several replicas every chain is one.
         """
         pool, counted = self._pool(num_samples), self._counted()
-        provenance = Provenance(type(self.objective).__name__, self.seed, counted.density, counted.gradient)
+        provenance = Provenance(type(self.objective).__name__, self.seed, counted.values, counted.scores)
         if len(self.replicas) > 1:
             options.setdefault("num_chains", len(self.replicas))
         with torch.random.fork_rng():
@@ -667,7 +667,7 @@ class DiffusionSampler:
         lines = (
             f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats\n"
             f"weights       Pareto k̂ {self.khat:.2f} (trust below 0.7), effective share {self.ess:.2f}\n"
-            f"cost          {counted.density} density and {counted.gradient} gradient "
+            f"cost          {counted.values} density and {counted.scores} gradient "
             f"evaluations ({self._density().batching_method}), {rounds} rounds, {seconds:.0f} s of training"
         )
         if self.guide.drivers():
@@ -698,7 +698,7 @@ class DiffusionSampler:
             "network dtype": str(self.guide.network_dtype),
             "heavy": repr(self.guide.heavy),
             "weighting": repr(objective.weighting),
-            "wide": repr(objective.wide),
+            "covering": repr(objective.covering),
             "num_particles": repr(objective.num_particles),
             "steps_per_round": repr(objective.steps_per_round),
             "effective_share": repr(objective.effective_share),
@@ -824,7 +824,7 @@ class DiffusionSampler:
         )
         self.schedule = Schedule(*content["schedule"])
         counted = Evaluations(*content["evaluations"])
-        density.evaluations.density, density.evaluations.gradient = counted.density, counted.gradient
+        density.evaluations.values, density.evaluations.scores = counted.values, counted.scores
         density.evaluations.not_a_number = counted.not_a_number
         self._set_rng_state(content["rng"])
 

@@ -87,9 +87,9 @@ def test_evaluations_are_counted():
     density = FunctionDensity(banana, 3)
     assert isinstance(density, Density)
     density.log_prob(points(7))
-    assert density.evaluations == Evaluations(density=7, gradient=0)
+    assert density.evaluations == Evaluations(values=7, scores=0)
     density.log_prob_and_score(points(5))
-    assert density.evaluations == Evaluations(density=12, gradient=5)
+    assert density.evaluations == Evaluations(values=12, scores=5)
 
 
 def test_nan_is_minus_infinity():
@@ -103,7 +103,7 @@ def test_nan_is_minus_infinity():
     value, score = density.log_prob_and_score(z)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(score[2], torch.tensor([1 / math.e, 0.0]))
-    assert density.evaluations == Evaluations(density=6, gradient=3, not_a_number=2)  # one NaN each; -inf is a number
+    assert density.evaluations == Evaluations(values=6, scores=3, not_a_number=2)  # one NaN each; -inf is a number
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 2), (2, 4, 3), (4, 4)])

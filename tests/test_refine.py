@@ -22,7 +22,7 @@ from pyro_sm import (
     ImportanceResampling,
     ImportanceWeightedScoreMatching,
     ModelDensity,
-    Raw,
+    NoCorrection,
     Trust,
     TrustWarning,
     check,
@@ -120,7 +120,7 @@ def too_narrow():
 
 
 def shifted_diffusion():
-    """Never trained, on the smaller mode; its wide component reaches a little further."""
+    """Never trained, on the smaller mode; its covering component reaches a little further."""
     base = GivenBase(CENTRES[0], torch.tensor([1.0, 1.0]))
     guide = AutoDiffusion(two_modes, base=base, num_steps=8, architecture=MLP(width=8, depth=1))
     guide()
@@ -187,7 +187,7 @@ def test_independent_metropolis_gets_there_given_enough_evaluations(make):
     chosen = many.z[chains.apply(many, 4000)]
     assert float(errors_of_two_modes({"a": chosen[:, 0], "b": chosen[:, 1]}, worth / 2).max()) < 5
     short = few.z[IndependentMetropolis(4).apply(few, 2000)]
-    raw = many.z[Raw().apply(many, 4000)]
+    raw = many.z[NoCorrection().apply(many, 4000)]
     for wrong in (short, raw):
         assert float(errors_of_two_modes({"a": wrong[:, 0], "b": wrong[:, 1]}, worth).max()) > 10
 
@@ -203,11 +203,11 @@ def test_what_a_run_leaves():
     assert run.samples["a"].shape == (2048,)
     assert torch.equal(torch.stack([run.samples["a"], run.samples["b"]], 1), run.particles.z)
     steps = len(run.particles.history)
-    assert run.evaluations.gradient == 2048 * (1 + 5 * steps)
-    assert run.evaluations.density == 500 + run.evaluations.gradient
-    spent = run.evaluations.density
+    assert run.evaluations.scores == 2048 * (1 + 5 * steps)
+    assert run.evaluations.values == 500 + run.evaluations.scores
+    spent = run.evaluations.values
     run.density.log_prob(run.particles.z)
-    assert run.evaluations.density == spent
+    assert run.evaluations.values == spent
     assert "ModelDensity" not in repr(run)
 
 
@@ -331,7 +331,7 @@ def test_many_chains_begin_in_the_shares_of_the_weighted_draws():
         pyro.sample("b", dist.Delta(x[..., 1]))
 
     mcmc = nuts_from_guide(two_modes, guide, num_chains=200, disable_progbar=True)
-    raw = nuts_from_guide(two_modes, guide, num_chains=200, correction=Raw(), disable_progbar=True)
+    raw = nuts_from_guide(two_modes, guide, num_chains=200, correction=NoCorrection(), disable_progbar=True)
     left = [float((run.sampler.initial_params["a"] < 0).float().mean()) for run in (mcmc, raw)]
     assert left[0] == pytest.approx(LEFT, abs=0.1)
     assert left[1] == pytest.approx(0.8, abs=0.15)
@@ -456,8 +456,8 @@ def test_particles_as_arviz_data(legacy, tmp_path):
     assert attributes["correction"] == "tempered SMC from the guide"
     assert attributes["log_evidence"] == run.log_evidence
     assert attributes["log_evidence_se"] == run.log_evidence_se
-    assert attributes["density_evaluations"] == run.evaluations.density
-    assert attributes["gradient_evaluations"] == run.evaluations.gradient
+    assert attributes["density_evaluations"] == run.evaluations.values
+    assert attributes["gradient_evaluations"] == run.evaluations.scores
     assert (attributes["objective"], attributes["seed"]) == ("Trace_ELBO", 5)
     path = tmp_path / "tempered.nc"
     idata.to_netcdf(path)

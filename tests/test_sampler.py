@@ -28,11 +28,11 @@ from pyro_sm import (
     LaplaceBase,
     MarginalWeights,
     ModelRefusedError,
+    NoCorrection,
     PriorBase,
     PyroSMWarning,
-    Raw,
     StoppingRule,
-    WideComponent,
+    WideCovering,
 )
 from pyro_sm.base import RoundInfo
 from pyro_sm.diffusion.coupling import fit_coupling
@@ -70,7 +70,7 @@ def test_samples(uninterrupted):
 
 def test_corrections():
     sampler = trained(budget=256)
-    raw = sampler.get_samples(4000, correction=Raw())
+    raw = sampler.get_samples(4000, correction=NoCorrection())
     pool = sampler.draws(16_000)
     assert torch.equal(raw["mu"], pool.z[:4000, 0])  # nothing is repeated, nothing chosen
     corrected = sampler.get_samples(4000)["t"]
@@ -108,8 +108,8 @@ def test_to_arviz(uninterrupted):
     assert attributes["log_evidence"] == pytest.approx(uninterrupted.log_evidence)
     assert attributes["density_evaluations"] == 640 + uninterrupted.draws(1).z.shape[0]
     assert list(idata.training["round"].values) == list(range(1, 11))
-    raw = uninterrupted.to_arviz(200, correction=Raw(), predictive=False)
-    assert raw.posterior.attrs["correction"] == Raw().name
+    raw = uninterrupted.to_arviz(200, correction=NoCorrection(), predictive=False)
+    assert raw.posterior.attrs["correction"] == NoCorrection().name
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_save_and_load_of_a_finished_run(uninterrupted, tmp_path):
     other.run(DATA)  # trains no further
     assert other.seed == 0
     assert_equal(other, uninterrupted)
-    assert other.guide.density(hierarchy, (DATA,), {}).evaluations.density == 640
+    assert other.guide.density(hierarchy, (DATA,), {}).evaluations.values == 640
 
 
 @pytest.mark.parametrize("weighting", [None, MarginalWeights(num_inner=2)])
@@ -430,7 +430,7 @@ def test_checkpoint_of_another_model(saved):
         ({"objective": {"steps_per_round": 6}}, "steps_per_round: 5 there, 6 here"),
         ({"objective": {"buffer_rounds": 5}}, "buffer_rounds: 4 there, 5 here"),
         ({"objective": {"effective_share": 0.5}}, "effective_share: 0.3 there, 0.5 here"),
-        ({"objective": {"wide": WideComponent(0.2)}}, "wide: .* there, WideComponent"),
+        ({"objective": {"wide": WideCovering(0.2)}}, "wide: .* there, WideCovering"),
         ({"objective": {"weighting": MarginalWeights()}}, r"weighting: PathWeights\(target_score=True\) there"),
         ({"learning_rate": 1e-3}, "learning_rate: 0.002 there, 0.001 here"),
     ],
@@ -496,11 +496,11 @@ def test_data_changed_in_place_are_other_data():
 
 def test_the_same_data_are_not_learned_twice(uninterrupted):
     sampler = trained()
-    evaluations = sampler.guide.density(hierarchy, (DATA,), {}).evaluations.density
+    evaluations = sampler.guide.density(hierarchy, (DATA,), {}).evaluations.values
     sampler.run(DATA)
     sampler.run(DATA.clone())
     assert len(sampler.history) == 10
-    assert sampler.guide.density(hierarchy, (DATA,), {}).evaluations.density == evaluations
+    assert sampler.guide.density(hierarchy, (DATA,), {}).evaluations.values == evaluations
     assert_equal(sampler, uninterrupted)
 
 
@@ -519,7 +519,7 @@ def test_the_same_data_are_not_learned_twice(uninterrupted):
 )
 def test_budget_is_kept(options, budget):
     sampler = trained(budget=budget, **options)
-    spent = sampler.guide.density(hierarchy, (DATA,), {}).evaluations.density
+    spent = sampler.guide.density(hierarchy, (DATA,), {}).evaluations.values
     assert spent <= budget
     assert spent > budget - sampler.objective.evaluations_per_round - 64
     assert sampler.schedule.finished

@@ -72,7 +72,7 @@ def by_site(idata):
     return {name: torch.as_tensor(x.values).flatten(0, 1) for name, x in idata.posterior.data_vars.items()}
 
 
-raw = pyro_sm.to_arviz(model, guide, y, sigma, num_samples=4000, correction=pyro_sm.Raw())
+raw = pyro_sm.to_arviz(model, guide, y, sigma, num_samples=4000, correction=pyro_sm.NoCorrection())
 print("AutoNormal:", eight_schools.errors(by_site(raw)))
 
 # %% [markdown]

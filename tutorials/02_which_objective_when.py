@@ -201,7 +201,7 @@ def fit(way):
     if way == "Batch-and-Match":
         result = BatchAndMatch(num_batches=EVALUATIONS // 32 - 8).fit(guide, *posterior.args)
         print(
-            "   evaluations:", result.evaluations.gradient, " divergence of the last batch:", float(result.fisher[-1])
+            "   evaluations:", result.evaluations.scores, " divergence of the last batch:", float(result.fisher[-1])
         )
         return guide
     loss = Trace_ELBO(num_particles=16, vectorize_particles=True) if way == "Trace_ELBO" else FisherDivergence(16)
@@ -221,7 +221,9 @@ for way in ("Trace_ELBO", "FisherDivergence", "Batch-and-Match"):
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
     guide = fit(way)
-    idata = pyro_sm.to_arviz(posterior.model, guide, *posterior.args, num_samples=4000, correction=pyro_sm.Raw())
+    idata = pyro_sm.to_arviz(
+        posterior.model, guide, *posterior.args, num_samples=4000, correction=pyro_sm.NoCorrection()
+    )
     samples = {name: torch.as_tensor(x.values).flatten(0, 1) for name, x in idata.posterior.data_vars.items()}
     worst, attrs = posterior.errors(samples), idata.posterior.attrs
     print(f"{way:18s} worst error: mean {worst.mean:8.3f} sd, sd {worst.sd:6.3f};  k-hat {attrs['pareto_khat']:.2f}")

@@ -77,7 +77,7 @@ draws = {"DiffusionSampler": sampler.get_samples(10_000)["x"]}
 density = FunctionDensity(target.log_prob, 2)
 torch.manual_seed(0)
 particles = TemperedSMC(num_particles=2300, num_moves=8).run(density, GaussianDensity(loc, torch.diag(scale)))
-print(f"tempered SMC: {density.evaluations.density} evaluations")
+print(f"tempered SMC: {density.evaluations.values} evaluations")
 draws["tempered SMC"] = particles.z[torch.randint(len(particles.z), (10_000,))]
 
 pyro.set_rng_seed(0)

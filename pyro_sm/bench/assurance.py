@@ -28,7 +28,7 @@ from torch import Tensor
 from pyro_sm.bench.gaussian_guides import in_float64
 from pyro_sm.bench.rows import Row, machine, resumed
 from pyro_sm.diagnostics.verdict.verdict import Trust
-from pyro_sm.diffusion.covering import WideComponent
+from pyro_sm.diffusion.covering import WideCovering
 from pyro_sm.examples.errors import Errors, worst_errors
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.examples.posteriors import Posterior, posteriors
@@ -163,7 +163,7 @@ class Break:
         num_steps: reverse kernels.
         width: of the network.
         learning_rate: of training.
-        wide_share: of the wide component, None for the default one.
+        wide_share: of the covering component, None for the default one.
         population: whether there may be one.
     """
 
@@ -198,11 +198,11 @@ BREAKS: dict[str, Break] = {
 def _sampler(problem: Problem, broken: Break, seed: int, evaluations: int) -> DiffusionSampler:
     base = None if broken.base is None else broken.base(problem)
     guide = AutoDiffusion(problem.model, base=base, num_steps=broken.num_steps, architecture=MLP(width=broken.width))
-    wide = None if broken.wide_share is None else WideComponent(share=broken.wide_share)
+    covering = None if broken.wide_share is None else WideCovering(share=broken.wide_share)
     objective = (
-        ImportanceWeightedScoreMatching(wide=wide)
+        ImportanceWeightedScoreMatching(covering=covering)
         if broken.population
-        else ImportanceWeightedScoreMatching(wide=wide, population=None)
+        else ImportanceWeightedScoreMatching(covering=covering, population=None)
     )
     return DiffusionSampler(
         problem.model,

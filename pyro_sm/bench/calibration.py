@@ -32,7 +32,7 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from pyro_sm.bench.rows import machine, resumed
-from pyro_sm.corrections import ImportanceResampling, Raw
+from pyro_sm.corrections import ImportanceResampling, NoCorrection
 from pyro_sm.diagnostics.calibration.simulation import (
     Calibration,
     Fit,
@@ -105,8 +105,8 @@ def fit_by_sampler(evaluations: int, *, raw: bool = False) -> Fit:
         sampler = DiffusionSampler(simulated.model, seed=simulated.seed, stopping=stopping, disable_progbar=True)
         sampler.run(*simulated.args, **simulated.kwargs)
         trained = time.process_time()
-        samples = sampler.get_samples(_SAMPLES, correction=Raw() if raw else ImportanceResampling())
-        info = {"khat": sampler.khat, "ESS": sampler.ess, "density": sampler.objective.evaluations.density}
+        samples = sampler.get_samples(_SAMPLES, correction=NoCorrection() if raw else ImportanceResampling())
+        info = {"khat": sampler.khat, "ESS": sampler.ess, "density": sampler.objective.evaluations.values}
         sampler.guide.release()
         return Fitted(samples, {**info, "CPU s": trained - started, "drawing": time.process_time() - trained})
 

@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 def _from_target(target: Target) -> Problem:
     network = None
     if isinstance(target, DoubleWellParticles):
-        network = EGNN(target.particles.num_particles, target.particles.space_dim)
+        network = EGNN(target.particles.num_bodies, target.particles.space_dim)
     return Problem(factor_model(target.log_prob, target.dim), (), GivenBase(*target.start), network)
 
 

@@ -152,14 +152,14 @@ def fit_by_fisher(
 
 def fit_by_batch_and_match(problem: Problem, *, search_mode: bool = True) -> Fit:
     """Batch-and-Match in batches of 32, one gradient a draw; by default after a search for the mode, also counted."""
-    before = problem.density.evaluations.gradient
+    before = problem.density.evaluations.scores
     begin = start(problem.density.dim)
     if search_mode:
         begin = start_at_mode(problem.density, begin, batch_size=_BATCH)
-    left = problem.evaluations - (problem.density.evaluations.gradient - before)
+    left = problem.evaluations - (problem.density.evaluations.scores - before)
     found = batch_and_match(problem.density, begin, num_batches=max(left // _BATCH, 1), batch_size=_BATCH)
     gaussian = Gaussian(found.gaussian.loc, found.gaussian.covariance)
-    return Fit(gaussian, problem.density.evaluations.gradient - before)
+    return Fit(gaussian, problem.density.evaluations.scores - before)
 
 
 def fit_by_fisher_after_batch_and_match(problem: Problem) -> Fit:

@@ -111,7 +111,7 @@ def _by_base(effects: Effects, seed: int) -> tuple[Draws, int, int]:
     torch.manual_seed(seed)
     density = ModelDensity(effects.model, ())
     law = BatchAndMatchBase().fit(density)
-    spent = density.evaluations.density
+    spent = density.evaluations.values
     z = law.loc + torch.randn(_POOL, density.dim) @ law.scale_tril.T
     log_p = density.log_prob(z)
     return Draws(z, log_p, log_p - gaussian_log_prob(z, *law)), spent, 0
@@ -123,7 +123,7 @@ def _by_sampler(effects: Effects, seed: int, evaluations: int) -> tuple[Draws, i
         effects.model, base=BatchAndMatchBase(), stopping=stopping, seed=seed, disable_progbar=True
     )
     sampler.run()
-    return sampler.draws(_POOL), sampler.objective.evaluations.density, len(sampler.history)
+    return sampler.draws(_POOL), sampler.objective.evaluations.values, len(sampler.history)
 
 
 def measure(num_groups: int, way: str, seed: int, evaluations: int) -> Row:

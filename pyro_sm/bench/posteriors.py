@@ -99,13 +99,13 @@ def fit_by_sampler(posterior: Posterior, seed: int, limits: Limits) -> Fit:
     sampler.run(*posterior.args)
     training = time.process_time() - started
     spent = sampler.objective.evaluations
-    density, gradient = spent.density, spent.gradient
+    density, gradient = spent.values, spent.scores
     draws = sampler.draws(_POOL)
     usable = int(effective_sample_size(draws.log_weight))
     drawing = (time.process_time() - started - training) * min(1.0, _DRAWS / max(usable, 1))
     z = draws.z[ImportanceResampling().apply(draws, _DRAWS, torch.Generator().manual_seed(seed))]
     verdict = sampler.check()
-    probed = sampler.probed
+    probed = sampler.probe_result
     return Fit(
         _unpacked(ModelDensity(posterior.model, posterior.args, dtype=torch.float64), z),
         draws,
@@ -113,7 +113,7 @@ def fit_by_sampler(posterior: Posterior, seed: int, limits: Limits) -> Fit:
         gradient,
         training,
         drawing,
-        0 if probed is None else probed.evaluations.density,
+        0 if probed is None else probed.evaluations.values,
         verdict.level.words,
         f"{len(sampler.history)} rounds",
     )

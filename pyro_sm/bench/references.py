@@ -55,7 +55,7 @@ REFERENCES = {
 
 def symmetrised(z: Tensor, particles: MeanFree) -> Tensor:
     """Latents ``z`` (N, D) with the particles of each draw permuted, turned and mirrored at random."""
-    x = particles.to_positions(z).unflatten(-1, (particles.num_particles, particles.space_dim))
+    x = particles.to_positions(z).unflatten(-1, (particles.num_bodies, particles.space_dim))
     order = torch.rand(x.shape[:2], device=z.device).argsort(1)
     x = x.gather(1, order[..., None].expand_as(x))
     q, r = torch.linalg.qr(torch.randn(len(z), particles.space_dim, particles.space_dim, dtype=z.dtype).to(z.device))

@@ -21,7 +21,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_sm.base import Density, DiffusionGuide, DiffusionProcess, require
-from pyro_sm.diffusion.covering import Defence, WideComponent
+from pyro_sm.diffusion.covering import Covering, WideCovering
 from pyro_sm.nn.mlp import Architecture
 from pyro_sm.objectives.importance_weighted.buffer import Buffer
 from pyro_sm.objectives.importance_weighted.weightings import StepNoise, marginal_estimate
@@ -47,12 +47,12 @@ class UnitWeights:
         """No: the inner draws have theirs."""
         return False
 
-    def defence(self, density: Density) -> Defence:
+    def default_covering(self, density: Density) -> Covering:
         """As the weighted form has it."""
-        return WideComponent()
+        return WideCovering()
 
     def loss(
-        self, process: DiffusionProcess, density: Density, wide: Defence, buffer: Buffer, step: StepNoise
+        self, process: DiffusionProcess, density: Density, covering: Covering, buffer: Buffer, step: StepNoise
     ) -> Tensor:
         """``λ (‖s − Ŝ‖² − ‖s_0 − Ŝ‖²)/D`` per row (B,), ``λ = r²``, ``s_0`` the untrained score, ``Ŝ`` clipped."""
         with torch.no_grad():

@@ -132,9 +132,9 @@ class Meter:
         """What was spent since the last look."""
         now = time.process_time()
         cost = Cost(
-            evaluations.density - self._seen.density, evaluations.gradient - self._seen.gradient, now - self._started
+            evaluations.values - self._seen.values, evaluations.scores - self._seen.scores, now - self._started
         )
-        self._seen = Evaluations(evaluations.density, evaluations.gradient)
+        self._seen = Evaluations(evaluations.values, evaluations.scores)
         self._started = now
         return cost
 
@@ -170,7 +170,7 @@ def _are_particles(target: Target) -> TypeGuard[DoubleWellParticles | LennardJon
 
 
 def _are_many_particles(target: Target) -> bool:
-    return _are_particles(target) and target.particles.num_particles > _LARGE
+    return _are_particles(target) and target.particles.num_bodies > _LARGE
 
 
 def _guide(
@@ -185,7 +185,7 @@ def _guide(
     base = GivenBase(*target.start)
     if not _are_particles(target):
         return AutoDiffusion(model, base=base, compile=compile)
-    network = EGNN(target.particles.num_particles, target.particles.space_dim)
+    network = EGNN(target.particles.num_bodies, target.particles.space_dim)
     num_steps = _DROPLET_KERNELS if isinstance(target, LennardJones) else _PARTICLE_KERNELS
     architecture = BoundedOutput(network) if bounded else network
     return AutoDiffusion(model, base=base, architecture=architecture, num_steps=num_steps, compile=compile)
@@ -314,9 +314,9 @@ class Sampler:
             moving = ModelDensity(model, ())
             moved = self.moves.run(moving, draws.z[DampedResampling().apply(draws, budget.draws, generator)])
             samples, moves = moved.z, moving.evaluations
-            drawn = Evaluations(drawn.density + moves.density, moves.gradient)
+            drawn = Evaluations(drawn.values + moves.values, moves.scores)
             note += f", {self.moves.num_moves} moves of every draw, acceptance {moved.acceptance:.2f}"
-        drawing = meter.look(spent)._replace(density=drawn.density, gradient=drawn.gradient)
+        drawing = meter.look(spent)._replace(density=drawn.values, gradient=drawn.scores)
         return _weighted_fit(samples, draws, training, drawing, note)
 
 
@@ -432,7 +432,7 @@ class Variational:
         density = ModelDensity(model, ())
         draws = draw_from_guide(guide, density, budget.pool)
         samples = _resampled(draws, budget, seed)
-        drawing = meter.look(Evaluations())._replace(density=density.evaluations.density)
+        drawing = meter.look(Evaluations())._replace(density=density.evaluations.values)
         if whitened:
             samples = target.start.loc + target.start.scale * samples
         return _weighted_fit(samples, draws, training, drawing, f"{num_steps} steps")
@@ -467,7 +467,7 @@ class Tempered:
         num_pilot = max(int(self.pilot_share * budget.evaluations / per_pilot), 32)
         pilot = TemperedSMC(num_pilot, move=move, crossover=Crossover())
         found: TemperedParticles = pilot.run(density, start)
-        spent = density.evaluations.density
+        spent = density.evaluations.values
         # Between room for one temperature more and none: a schedule that adapts has not always the same length.
         per_particle = spent / pilot.num_particles * (1 + 0.5 / len(found.history))
         num_particles = int((budget.evaluations - spent) / per_particle)
@@ -518,7 +518,7 @@ class Chains:
             pyro.set_rng_seed(self.num_chains * seed + chain)
             begin = loc + scale * torch.randn_like(loc)
             draws, calls = self._chain(target, begin, allowed, warmup)
-            spent = Evaluations(spent.density + calls, spent.gradient + calls)
+            spent = Evaluations(spent.values + calls, spent.scores + calls)
             chains.append(draws)
         x = torch.cat(chains)
         note = f"{self.num_chains} chains, {x.shape[0]} draws after {warmup} warm-up steps each"

@@ -118,7 +118,7 @@ class DampedResampling:
 
 
 @dataclass(frozen=True)
-class Raw:
+class NoCorrection:
     """No correction: the first ``num_samples`` draws, whatever their weights."""
 
     @property

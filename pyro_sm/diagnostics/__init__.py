@@ -27,7 +27,7 @@ from pyro_sm.diagnostics.plots.calibration import plot_calibration
 from pyro_sm.diagnostics.plots.draws import plot_khat, plot_raw_vs_weighted, plot_training
 from pyro_sm.diagnostics.summary import summary_table
 from pyro_sm.diagnostics.verdict.check import check, check_guide
-from pyro_sm.diagnostics.verdict.probe import Probe, Probed
+from pyro_sm.diagnostics.verdict.probe import Probe, ProbeResult
 from pyro_sm.diagnostics.verdict.verdict import Findings, Reason, Thresholds, Trust, TrustWarning, Verdict, judge
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
     "GoodnessOfFit",
     "LogBayesFactor",
     "Probe",
-    "Probed",
+    "ProbeResult",
     "Provenance",
     "Reason",
     "Simulated",

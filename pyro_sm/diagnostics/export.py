@@ -206,8 +206,8 @@ def to_arviz(
     provenance = Provenance(
         objective if isinstance(objective, str) else type(objective).__name__,
         seed,
-        spent.density,
-        spent.gradient,
+        spent.values,
+        spent.scores,
     )
     chains = next(c for c in (4, 2, 1) if num_samples % c == 0 and num_samples >= c * c)
     return draws_to_arviz(

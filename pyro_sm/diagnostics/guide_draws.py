@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_sm.base import Density, DiffusionGuide, Draws, PathGuide
-from pyro_sm.diffusion.covering import default_defence, process_log_weight
+from pyro_sm.diffusion.covering import default_covering, process_log_weight
 from pyro_sm.model.density import ModelDensity
 
 _CHUNK = 4096
@@ -148,7 +148,7 @@ def guide_log_weight(
     """The log weights (n,), nats, that ``guide`` gives to any latents, as :func:`draw_from_guide` to its own draws.
 
     Args:
-        guide: of any kind at the head of this file; a diffusion with its default wide component.
+        guide: of any kind at the head of this file; a diffusion with its default covering component.
         density: the model with its data.
         z: the latents (n, D), inside the support.
         log_p: their log density (n,), nats.
@@ -161,7 +161,7 @@ def guide_log_weight(
     kwargs = dict(kwargs or {})
     if isinstance(guide, DiffusionGuide):
         process = guide.diffusion(tuple(args), kwargs)
-        return process_log_weight(process, density, default_defence(density), z, log_p)
+        return process_log_weight(process, density, default_covering(density), z, log_p)
     if isinstance(guide, PathGuide):
         return log_p - guide.latent_log_prob(z, tuple(args), kwargs)
     if isinstance(guide, WeightedGuide):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""A wide component beside the sampler's own paths: draws whose weights cannot hide what the sampler has lost.
+r"""A covering component beside the sampler's own paths: draws whose weights cannot hide what the sampler has lost.
 
-N draws mix a share ``1 − ρ`` of the sampler's paths with a share ``ρ`` from a *wide* component ``b`` (the model's
+N draws mix a share ``1 − ρ`` of the sampler's paths with a share ``ρ`` from a *covering* component ``b`` (the model's
 prior, or the base, scaled), noised forward along the same kernels. On path space this is one proposal,
 ``(1−ρ) N_T Π B + ρ b(x_0) Π F``, and every draw gets the balance-heuristic weight
 
     ``w = p̃(z) / [(1−ρ) exp(−R) + ρ b(z)]``,   ``E[w] = Z``,   ``w ≤ p̃(z)/(ρ b(z))``,
 
-so that no point the wide component can reach has an unbounded weight, and a mode or a tail that the sampler has
+so that no point the covering component can reach has an unbounded weight, and a mode or a tail that the sampler has
 lost shows up in the weights (it can be seen, and taught).
 
 Source: "Importance Weighted Score Matching for Diffusion Samplers" https://arxiv.org/abs/2505.19431 (the covering
@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
 
 
-class Defence(Protocol):
+class Covering(Protocol):
     """A component ``b`` that looks elsewhere, and its share of the draws."""
 
     @property
@@ -49,7 +49,7 @@ def _check_share(share: float) -> None:
 
 
 @dataclass(frozen=True)
-class PriorComponent:
+class PriorCovering:
     """``b`` = the model's own prior: then ``w ≤ p(data | z)/ρ``, bounded wherever the likelihood is.
 
     The prior has the geometry of the model (the neck of a hierarchical funnel, the tails of a scale), which no
@@ -71,8 +71,8 @@ class PriorComponent:
     def _prior(self, density: Density) -> HasPrior:
         if not isinstance(density, HasPrior) or not density.has_prior:
             raise TypeError(
-                "PriorComponent needs a model whose prior can be drawn from and evaluated (none improper, none that "
-                "depends on a discrete latent): use WideComponent()"
+                "PriorCovering needs a model whose prior can be drawn from and evaluated (none improper, none that "
+                "depends on a discrete latent): use WideCovering()"
             )
         return density
 
@@ -87,7 +87,7 @@ class PriorComponent:
 
 
 @dataclass(frozen=True)
-class WideComponent:
+class WideCovering:
     """``b = N(m, (scale·L)(scale·L)ᵀ)`` around the guide's base, bent as it is, and its share ρ of the draws.
 
     Args:
@@ -127,16 +127,16 @@ class WideComponent:
         return self.log_prob_white(u) - process.log_det(u)
 
 
-def default_defence(density: Density) -> Defence:
+def default_covering(density: Density) -> Covering:
     """The prior where the model has one, else the widened base; a tenth of the draws."""
-    return PriorComponent() if isinstance(density, HasPrior) and density.has_prior else WideComponent()
+    return PriorCovering() if isinstance(density, HasPrior) and density.has_prior else WideCovering()
 
 
-def mixture_log_weight(log_p: Tensor, log_ratio: Tensor, log_wide: Tensor, share: float) -> Tensor:
+def mixture_log_weight(log_p: Tensor, log_ratio: Tensor, log_covering: Tensor, share: float) -> Tensor:
     """``log w`` (N,) of the balance heuristic; ``log_ratio`` is ``R``, ``log_wide`` is ``log b(z)``, in nats."""
     if share == 0:
         return log_p + log_ratio
-    return log_p - torch.logaddexp(math.log1p(-share) - log_ratio, math.log(share) + log_wide)
+    return log_p - torch.logaddexp(math.log1p(-share) - log_ratio, math.log(share) + log_covering)
 
 
 def _finite(process: DiffusionProcess, z: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,35 +151,35 @@ def _finite(process: DiffusionProcess, z: Tensor, log_ratio: Tensor) -> tuple[Te
     return torch.where(lost[:, None], middle, z), torch.where(lost, -math.inf, log_ratio)
 
 
-def draw_defensively(
-    process: DiffusionProcess, density: Density, defence: Defence, num_draws: int, *, with_score: bool = False
+def draw_with_covering(
+    process: DiffusionProcess, density: Density, covering: Covering, num_draws: int, *, with_score: bool = False
 ) -> tuple[Draws, int]:
     """Draw the mixture, at the cost of ``num_draws`` density evaluations, and as many gradients ``with_score``.
 
     Returns:
         The draws, the sampler's own first, and how many of them are the sampler's own.
     """
-    num_wide = min(round(defence.share * num_draws), num_draws - 1)
-    z, log_ratio = _finite(process, *process.draw(num_draws - num_wide))
+    num_covering = min(round(covering.share * num_draws), num_draws - 1)
+    z, log_ratio = _finite(process, *process.draw(num_draws - num_covering))
     own = z
-    if num_wide:
-        outer, log_outer = defence.draw(process, density, num_wide)
+    if num_covering:
+        outer, log_outer = covering.draw(process, density, num_covering)
         z = torch.cat([own, outer])
         log_ratio = torch.cat([log_ratio, process.path_log_ratio(outer)])
     log_p, score = density.log_prob_and_score(z) if with_score else (density.log_prob(z), None)
-    if not num_wide:  # a share that rounds to no draws must not enter the weights
+    if not num_covering:  # a share that rounds to no draws must not enter the weights
         return Draws(z, log_p, log_p + log_ratio, score), num_draws
-    log_wide = torch.cat([defence.log_prob(process, density, own), log_outer])
-    log_weight = mixture_log_weight(log_p, log_ratio, log_wide, num_wide / num_draws)
-    return Draws(z, log_p, log_weight, score), num_draws - num_wide
+    log_covering = torch.cat([covering.log_prob(process, density, own), log_outer])
+    log_weight = mixture_log_weight(log_p, log_ratio, log_covering, num_covering / num_draws)
+    return Draws(z, log_p, log_weight, score), num_draws - num_covering
 
 
 @torch.no_grad()
 def process_log_weight(
-    process: DiffusionProcess, density: Density, defence: Defence | None, z: Tensor, log_p: Tensor
+    process: DiffusionProcess, density: Density, covering: Covering | None, z: Tensor, log_p: Tensor
 ) -> Tensor:
-    """``log w`` (M,) that a diffusion with this wide component gives to latents ``z`` (M, D) with ``log_p`` (M,)."""
+    """``log w`` (M,) that a diffusion with this component gives to latents ``z`` (M, D) with ``log_p`` (M,)."""
     log_ratio = process.path_log_ratio(z)
-    if defence is None or defence.share == 0:
+    if covering is None or covering.share == 0:
         return log_p + log_ratio
-    return mixture_log_weight(log_p, log_ratio, defence.log_prob(process, density, z), defence.share)
+    return mixture_log_weight(log_p, log_ratio, covering.log_prob(process, density, z), covering.share)

@@ -89,7 +89,7 @@ class Diffusion:
         scale = torch.eye(self.dim).to(self.base_scale_tril) * self.base_scale_tril[0, 0]
         return self.coupling is None and not bool(self.base_loc.any()) and torch.equal(scale, self.base_scale_tril)
 
-    def covering(self) -> tuple[Tensor, Tensor]:
+    def covering_gaussian(self) -> tuple[Tensor, Tensor]:
         """Location (D,) and scale (D, D), lower triangular, of the base; bent, of the normal law with its moments."""
         if self.coupling is None:
             return self.base_loc, self.base_scale_tril

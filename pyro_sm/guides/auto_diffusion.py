@@ -41,7 +41,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.diffusion.anchor import Anchor, fit_anchor
 from pyro_sm.diffusion.coupling import Coupling, entropy, fit_coupling, refit_coupling
-from pyro_sm.diffusion.covering import Defence, default_defence, draw_defensively
+from pyro_sm.diffusion.covering import Covering, default_covering, draw_with_covering
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.diffusion.flow import FlowSolver
@@ -567,17 +567,17 @@ class AutoDiffusion(AutoContinuous):
         args: Args = (),
         kwargs: Kwargs | None = None,
         *,
-        wide: Defence | None = None,
+        covering: Covering | None = None,
     ) -> Draws:
         """Independent draws with their density and log weight; ``num_draws`` density evaluations.
 
-        The guide's own draws come first; the last tenth (or what ``wide`` says) is the prior's (or, if it is
+        The guide's own draws come first; the last tenth (or what ``covering`` says) is the prior's (or, if it is
         improper, a widened base's), so that
         the weights, and the k̂ computed from them, see what the guide has lost within its reach.
         """
         with torch.no_grad(), poutine.block():
             process = self.diffusion(args, kwargs)
-            return draw_defensively(process, density, wide or default_defence(density), num_draws)[0]
+            return draw_with_covering(process, density, covering or default_covering(density), num_draws)[0]
 
     # -- what Pyro expects of an AutoContinuous ----------------------------------------------------------------
 

@@ -207,7 +207,7 @@ class ModelDensity:
             ValueError: ``z`` is not of shape (B, D).
         """
         z = self._checked(z)
-        self.evaluations.density += z.shape[0]
+        self.evaluations.values += z.shape[0]
         if z.shape[0] == 0:
             return z.sum(1)
         raw = torch.cat([self._raw_value(chunk, self.batching) for chunk in self._chunks(z)])
@@ -223,8 +223,8 @@ class ModelDensity:
             ValueError: ``z`` is not of shape (B, D).
         """
         z = self._checked(z)
-        self.evaluations.density += z.shape[0]
-        self.evaluations.gradient += z.shape[0]
+        self.evaluations.values += z.shape[0]
+        self.evaluations.scores += z.shape[0]
         with torch.inference_mode(False):
             z = z.clone() if z.is_inference() else z.detach()
             if z.shape[0] == 0:
@@ -237,7 +237,7 @@ class ModelDensity:
     def log_prob_one_by_one(self, z: Tensor) -> Tensor:
         """The reference route: every latent through its own run of the model. ``z``: (B, D); returns (B,)."""
         z = self._checked(z)
-        self.evaluations.density += z.shape[0]
+        self.evaluations.values += z.shape[0]
         return self._reference_value(z)
 
     def _reference_value(self, z: Tensor) -> Tensor:
@@ -511,8 +511,8 @@ class ModelDensity:
 
     def _score_reference(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Value, NaN left as it is, and score by the loop; not part of ``evaluations``."""
-        self.verification_evaluations.density += z.shape[0]
-        self.verification_evaluations.gradient += z.shape[0]
+        self.verification_evaluations.values += z.shape[0]
+        self.verification_evaluations.scores += z.shape[0]
 
         def raw(leaf: Tensor) -> Tensor:
             values = [self._raw_value(row, OneByOne()) for row in leaf.split(1)]
@@ -538,7 +538,7 @@ class ModelDensity:
     def _check_deterministic(self, reference: Reference) -> None:
         with torch.no_grad(), isolated_rng(1):
             again = self._reference_value(reference.z[:1])
-        self.verification_evaluations.density += 1
+        self.verification_evaluations.values += 1
         if not torch.allclose(again, reference.value[:1], rtol=1e-5):
             raise ModelRefusedError(
                 "the log density at one and the same point changes from call to call: the model draws random "
@@ -551,8 +551,8 @@ class ModelDensity:
 
         batching, self.batching_reasons = choose_batching(self._value, reference, blame)
         tried = len(self.batching_reasons) + (not isinstance(batching, OneByOne))
-        self.verification_evaluations.density += tried * len(reference.z)
-        self.verification_evaluations.gradient += tried * len(reference.z)
+        self.verification_evaluations.values += tried * len(reference.z)
+        self.verification_evaluations.scores += tried * len(reference.z)
         if isinstance(batching, OneByOne):
             warnings.warn(
                 "the model can only be evaluated one latent at a time, a hundred times slower or more; "

@@ -46,7 +46,7 @@ class EquivariantNetwork(nn.Module):
     """See the head of the file; ``(x (B, D), c (B,) or (1,), context) -> (B, 2D)``.
 
     Args:
-        num_particles: n.
+        num_bodies: n.
         space_dim: s.
         width: size of messages and features.
         depth: L.
@@ -60,13 +60,13 @@ class EquivariantNetwork(nn.Module):
     helmert: Tensor
 
     def __init__(
-        self, num_particles: int, space_dim: int, *, width: int, depth: int, num_bumps: int, context_dim: int
+        self, num_bodies: int, space_dim: int, *, width: int, depth: int, num_bumps: int, context_dim: int
     ) -> None:
         super().__init__()
-        self.num_particles, self.space_dim, self.context_dim = num_particles, space_dim, context_dim
-        basis = helmert(num_particles)
-        first, second = torch.combinations(torch.arange(num_particles)).T
-        members = nn.functional.one_hot(first, num_particles) + nn.functional.one_hot(second, num_particles)
+        self.num_bodies, self.space_dim, self.context_dim = num_bodies, space_dim, context_dim
+        basis = helmert(num_bodies)
+        first, second = torch.combinations(torch.arange(num_bodies)).T
+        members = nn.functional.one_hot(first, num_bodies) + nn.functional.one_hot(second, num_bodies)
         # In float64: rounded to float32 they would not be mean-free in a float64 model.
         self.register_buffer("helmert", basis)
         self.register_buffer("pairs", basis[first] - basis[second])  # (P, n−1): differences of positions
@@ -109,7 +109,7 @@ class EquivariantNetwork(nn.Module):
         ``levels``: what is known of level and context, (B, ·), and ``s``, (B, 1, 1); or one row of each.
         """
         condition, step = levels
-        z = x.unflatten(-1, (self.num_particles - 1, self.space_dim))
+        z = x.unflatten(-1, (self.num_bodies - 1, self.space_dim))
         pairs, joined, basis = self.pairs.to(x), self.joined.to(x), self.helmert.to(x)
         position = basis @ z
         h = self.start(position.square().sum(-1, keepdim=True))
@@ -122,7 +122,7 @@ class EquivariantNetwork(nn.Module):
             m = silu(self.message[k](silu(torch.addcmul(shift, a, 1 + scale))))
             own = pairs.T @ (self.pull[k](m) * difference)
             force, z = force + own, z + step * own
-            gathered = joined.T @ m / math.sqrt(self.num_particles)
+            gathered = joined.T @ m / math.sqrt(self.num_bodies)
             h = h + self.update[k](silu(self.gather[k](torch.cat([h, gathered], -1))))
         skip = self.skip(condition)
         centred = basis.T @ ((self.radial(h) + skip[:, None, :1]) * position)
@@ -140,24 +140,24 @@ class EquivariantNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class EGNN:
-    """:class:`EquivariantNetwork` for ``num_particles`` particles in ``space_dim`` dimensions.
+    """:class:`EquivariantNetwork` for ``num_bodies`` particles in ``space_dim`` dimensions.
 
     The model's latents are the mean-free coordinates of :class:`pyro_sm.nn.mean_free.MeanFree`; its base should be
     isotropic, or the sampler is not symmetric (its weights are right all the same).
 
     Raises:
         ValueError: fewer than two particles, another count that is not positive; at :meth:`build`, latents that are
-            not ``(num_particles − 1)·space_dim`` in number.
+            not ``(num_bodies − 1)·space_dim`` in number.
     """
 
-    num_particles: int
+    num_bodies: int
     space_dim: int
     width: int = 64
     depth: int = 2
     num_bumps: int = 32
 
     def __post_init__(self) -> None:
-        if self.num_particles < 2 or min(self.space_dim, self.width, self.depth, self.num_bumps) < 1:
+        if self.num_bodies < 2 or min(self.space_dim, self.width, self.depth, self.num_bumps) < 1:
             raise ValueError(f"expected two particles or more and positive counts, found {self}")
 
     @property
@@ -167,14 +167,14 @@ class EGNN:
 
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
         """The network."""
-        expected = (self.num_particles - 1) * self.space_dim
+        expected = (self.num_bodies - 1) * self.space_dim
         if dim != expected or out_dim != 2 * dim:
             raise ValueError(
-                f"{self.num_particles} particles in {self.space_dim} dimensions have {expected} mean-free latents, "
-                f"the model has {dim}: write it in coordinates of MeanFree({self.num_particles}, {self.space_dim})"
+                f"{self.num_bodies} particles in {self.space_dim} dimensions have {expected} mean-free latents, "
+                f"the model has {dim}: write it in coordinates of MeanFree({self.num_bodies}, {self.space_dim})"
             )
         return EquivariantNetwork(
-            self.num_particles,
+            self.num_bodies,
             self.space_dim,
             width=self.width,
             depth=self.depth,

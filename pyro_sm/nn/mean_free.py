@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 
-def helmert(num_particles: int) -> Tensor:
+def helmert(num_bodies: int) -> Tensor:
     """``H`` (n, n−1), float64."""
-    k = torch.arange(1, num_particles, dtype=torch.float64)
-    row = torch.arange(num_particles)[:, None]
+    k = torch.arange(1, num_bodies, dtype=torch.float64)
+    row = torch.arange(num_bodies)[:, None]
     shape = torch.where(row < k, 1.0, torch.where(row == k, -k, 0.0))
     return shape / torch.sqrt(k * (k + 1))
 
@@ -31,38 +31,38 @@ class MeanFree:
     """The two views of n particles in R^s.
 
     Args:
-        num_particles: n ≥ 2.
+        num_bodies: n ≥ 2.
         space_dim: s ≥ 1.
 
     Raises:
         ValueError: a count out of its range.
     """
 
-    def __init__(self, num_particles: int, space_dim: int) -> None:
-        if num_particles < 2 or space_dim < 1:
-            raise ValueError(f"expected num_particles >= 2 and space_dim >= 1, found {num_particles} and {space_dim}")
-        self.num_particles = num_particles
+    def __init__(self, num_bodies: int, space_dim: int) -> None:
+        if num_bodies < 2 or space_dim < 1:
+            raise ValueError(f"expected num_bodies >= 2 and space_dim >= 1, found {num_bodies} and {space_dim}")
+        self.num_bodies = num_bodies
         self.space_dim = space_dim
-        self.dim = (num_particles - 1) * space_dim
-        self._basis = helmert(num_particles)
-        pairs = torch.combinations(torch.arange(num_particles))
+        self.dim = (num_bodies - 1) * space_dim
+        self._basis = helmert(num_bodies)
+        pairs = torch.combinations(torch.arange(num_bodies))
         self._first, self._second = pairs[:, 0], pairs[:, 1]
 
     def to_positions(self, z: Tensor) -> Tensor:
         """Positions (..., n·s), mean-free, of latents ``z`` (..., D)."""
-        return (self._basis.to(z) @ z.unflatten(-1, (self.num_particles - 1, self.space_dim))).flatten(-2)
+        return (self._basis.to(z) @ z.unflatten(-1, (self.num_bodies - 1, self.space_dim))).flatten(-2)
 
     def to_latents(self, x: Tensor) -> Tensor:
         """Latents (..., D) of positions ``x`` (..., n·s), whose centre is forgotten."""
-        return (self._basis.to(x).T @ x.unflatten(-1, (self.num_particles, self.space_dim))).flatten(-2)
+        return (self._basis.to(x).T @ x.unflatten(-1, (self.num_bodies, self.space_dim))).flatten(-2)
 
     def squared_distances(self, x: Tensor) -> Tensor:
         """``r²_ij`` of all pairs i < j, (..., n(n−1)/2), for positions ``x`` (..., n·s)."""
-        points = x.unflatten(-1, (self.num_particles, self.space_dim))
+        points = x.unflatten(-1, (self.num_bodies, self.space_dim))
         first, second = self._first.to(x.device), self._second.to(x.device)
         return (points.index_select(-2, first) - points.index_select(-2, second)).square().sum(-1)
 
     def squared_radii(self, x: Tensor) -> Tensor:
         """``Σ_i |x_i − x̄|²`` (...) for positions ``x`` (..., n·s)."""
-        points = x.unflatten(-1, (self.num_particles, self.space_dim))
+        points = x.unflatten(-1, (self.num_bodies, self.space_dim))
         return (points - points.mean(-2, keepdim=True)).square().sum((-2, -1))

@@ -5,7 +5,7 @@ They need no guide: they seed one, look where it has not looked, and serve as it
 """
 
 from pyro_sm.smc.crossover import Crossover
-from pyro_sm.smc.local_moves import LocalMoves, Moved
+from pyro_sm.smc.local_moves import LocalMoves, MovedDraws
 from pyro_sm.smc.mixture_start import MixtureStart
 from pyro_sm.smc.mode_search import ModeSearch
 from pyro_sm.smc.moves import HamiltonianMove
@@ -20,7 +20,7 @@ __all__ = [
     "LocalMoves",
     "MixtureStart",
     "ModeSearch",
-    "Moved",
+    "MovedDraws",
     "ParallelTempering",
     "Power",
     "PriorStart",

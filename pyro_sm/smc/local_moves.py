@@ -28,7 +28,7 @@ from pyro_sm.smc.moves import Chains, HamiltonianMove
 _RATE = 0.5  # of the step size's pursuit of its acceptance
 
 
-class Moved(NamedTuple):
+class MovedDraws(NamedTuple):
     """Draws ``z`` (N, D) after their moves, ``log_p`` (N,), nats, ``score`` (N, D).
 
     ``acceptance``: mean probability of it in the moves with a fixed step size. ``step_size``: that one, in units of
@@ -61,7 +61,7 @@ class LocalMoves:
         if self.num_moves < 2:
             raise ValueError(f"expected num_moves >= 2, one to adapt and one to keep, found {self.num_moves}")
 
-    def run(self, density: Density, z: Tensor) -> Moved:
+    def run(self, density: Density, z: Tensor) -> MovedDraws:
         """Draws ``z`` (N, D), latents, after their moves.
 
         Raises:
@@ -87,4 +87,4 @@ class LocalMoves:
                 step = self.move.adapted(step, made.acceptance.mean(), _RATE)
             else:
                 accepted += float(made.acceptance.mean())
-        return Moved(*chains, accepted / (self.num_moves - adapting), float(step))
+        return MovedDraws(*chains, accepted / (self.num_moves - adapting), float(step))

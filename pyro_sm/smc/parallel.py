@@ -205,7 +205,7 @@ class ParallelTempering:
         Raises:
             ValueError: the density is finite at fewer than two of the ``C T`` first places.
         """
-        before = density.evaluations.density
+        before = density.evaluations.values
         ladders = _Ladders(self, density, start)
         windows = {self.num_warmup >> k for k in range(1, 6)}
         kept: list[Points] = []
@@ -226,7 +226,7 @@ class ParallelTempering:
             torch.stack([points.log_p for points in kept], 1),
             torch.stack([points.score_p for points in kept], 1),
             ladders.rungs(),
-            density.evaluations.density - before,
+            density.evaluations.values - before,
         )
 
 

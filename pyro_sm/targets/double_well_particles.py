@@ -24,7 +24,7 @@ class DoubleWellParticles:
     """The energy of positions, and ``log p̃`` of the mean-free latents.
 
     Args:
-        num_particles: n.
+        num_bodies: n.
         space_dim: dimension of space.
         dtype: of the start; torch's default if None.
     """
@@ -32,10 +32,10 @@ class DoubleWellParticles:
     log_evidence = None
     quartic, quadratic, distance = 0.9, -4.0, 4.0
 
-    def __init__(self, num_particles: int = 4, space_dim: int = 2, *, dtype: torch.dtype | None = None) -> None:
-        self.particles = MeanFree(num_particles, space_dim)
+    def __init__(self, num_bodies: int = 4, space_dim: int = 2, *, dtype: torch.dtype | None = None) -> None:
+        self.particles = MeanFree(num_bodies, space_dim)
         self.dim = self.particles.dim
-        self.name = f"DW-{num_particles}"
+        self.name = f"DW-{num_bodies}"
         self.dtype = dtype or torch.get_default_dtype()
 
     @property
@@ -61,5 +61,5 @@ class DoubleWellParticles:
         Raises:
             ValueError: none are shipped for this number of particles and dimension of space.
         """
-        n, s = self.particles.num_particles, self.particles.space_dim
+        n, s = self.particles.num_bodies, self.particles.space_dim
         return load_draws(f"dw{n}" if s == 2 else f"{self.name} in {s} dimensions", self.dtype)

@@ -29,7 +29,7 @@ class LennardJones:
     """The energy of positions, and ``log p̃`` of the mean-free latents.
 
     Args:
-        num_particles: n; 13 and 55 in the literature.
+        num_bodies: n; 13 and 55 in the literature.
         space_dim: dimension of space.
         dtype: of the start; torch's default if None.
     """
@@ -37,16 +37,16 @@ class LennardJones:
     log_evidence = None
     pair_scale, spring, core_radius = 2.0, 1.0, 0.6
 
-    def __init__(self, num_particles: int = 13, space_dim: int = 3, *, dtype: torch.dtype | None = None) -> None:
-        self.particles = MeanFree(num_particles, space_dim)
+    def __init__(self, num_bodies: int = 13, space_dim: int = 3, *, dtype: torch.dtype | None = None) -> None:
+        self.particles = MeanFree(num_bodies, space_dim)
         self.dim = self.particles.dim
-        self.name = f"LJ-{num_particles}"
+        self.name = f"LJ-{num_bodies}"
         self.dtype = dtype or torch.get_default_dtype()
 
     @property
     def start(self) -> CoveringGaussian:
         """Scale: the radius of a ball that holds n particles at unit density, over √3."""
-        radius = (0.75 * self.particles.num_particles / torch.pi) ** (1 / 3)
+        radius = (0.75 * self.particles.num_bodies / torch.pi) ** (1 / 3)
         scale = torch.full((self.dim,), radius / 3**0.5, dtype=self.dtype)
         return CoveringGaussian(torch.zeros_like(scale), scale)
 
@@ -72,5 +72,5 @@ class LennardJones:
         Raises:
             ValueError: none are shipped for this number of particles and dimension of space.
         """
-        n, s = self.particles.num_particles, self.particles.space_dim
+        n, s = self.particles.num_bodies, self.particles.space_dim
         return load_draws(f"lj{n}" if s == 3 else f"{self.name} in {s} dimensions", self.dtype)

@@ -21,7 +21,7 @@ from pyro_sm.bench import report, target_methods, targets
 from pyro_sm.bench.target_baselines import BoundedOutput, PathLogVariance, UnitWeights
 from pyro_sm.bench.target_methods import METHODS, Budget, Chains, InnerObjective, Tempered
 from pyro_sm.density import FunctionDensity
-from pyro_sm.diffusion.covering import WideComponent, draw_defensively
+from pyro_sm.diffusion.covering import WideCovering, draw_with_covering
 from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase
@@ -156,10 +156,10 @@ def test_unit_weights_are_marginal_weights_without_the_weight() -> None:
     guide = AutoDiffusion(model, base=GivenBase(*target.start))
     guide.setup(model, (), {})
     guide.network_weights.data.add_(0.05 * torch.randn_like(guide.network_weights))
-    density, wide = guide.density(model, (), {}), WideComponent()
+    density, wide = guide.density(model, (), {}), WideCovering()
     with torch.no_grad():
         process = guide.diffusion()
-        draws, num_guide = draw_defensively(process, density, wide, 512)
+        draws, num_guide = draw_with_covering(process, density, wide, 512)
         buffer = Buffer((damped_round(draws, num_guide, 0.3),))
         noise = draw_step_noise(process.ratios, 64, 2, 16)
         weighted = MarginalWeights(16).loss(process, density, wide, buffer, noise)
@@ -255,10 +255,10 @@ def test_unit_weights_clip_the_score_of_a_row() -> None:
     guide = AutoDiffusion(model, base=GivenBase(*target.start))
     guide.setup(model, (), {})
     guide.network_weights.data.add_(0.05 * torch.randn_like(guide.network_weights))
-    wide = WideComponent()
+    wide = WideCovering()
     with torch.no_grad():
         process = guide.diffusion()
-        draws, num_guide = draw_defensively(process, guide.density(model, (), {}), wide, 512)
+        draws, num_guide = draw_with_covering(process, guide.density(model, (), {}), wide, 512)
         buffer = Buffer((damped_round(draws, num_guide, 0.3),))
         noise = draw_step_noise(process.ratios, 64, 2, 4)
         torch.testing.assert_close(losses(0.0, 1e3), losses(0.0, 1e6))

@@ -56,17 +56,17 @@ def test_no_way_spends_more_gradients_than_it_may(problem: gaussian_guides.Probl
 
 
 def test_the_divergence_is_charged_two_gradients_a_particle(problem: gaussian_guides.Problem) -> None:
-    before = problem.density.evaluations.gradient
+    before = problem.density.evaluations.scores
     loss = gaussian_guides.FisherDivergence(8)
     begin = gaussian_guides.start(problem.density.dim)
     gaussian_guides.fit_by_svi(problem, loss, gaussian_guides.Steps(5), begin)
-    assert loss.evaluations.gradient == 5 * 8
+    assert loss.evaluations.scores == 5 * 8
     assert gaussian_guides.fit_by_fisher(problem, num_particles=8).gradients == 2 * 8 * (640 // 16)
-    assert problem.density.evaluations.gradient == before
+    assert problem.density.evaluations.scores == before
     fit = gaussian_guides.fit_by_batch_and_match(problem, search_mode=False)
-    assert problem.density.evaluations.gradient - before == fit.gradients == 640
+    assert problem.density.evaluations.scores - before == fit.gradients == 640
     searched = gaussian_guides.fit_by_batch_and_match(problem)
-    assert problem.density.evaluations.gradient - before == 640 + searched.gradients
+    assert problem.density.evaluations.scores - before == 640 + searched.gradients
     assert 640 - 32 < searched.gradients <= 640
 
 

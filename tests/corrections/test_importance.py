@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pyro_sm.base import Draws
-from pyro_sm.corrections import Correction, DampedResampling, ImportanceResampling, Raw
+from pyro_sm.corrections import Correction, DampedResampling, ImportanceResampling, NoCorrection
 from pyro_sm.weights import effective_sample_size
 
-CORRECTIONS = [ImportanceResampling(), ImportanceResampling(smooth=False), DampedResampling(), Raw()]
+CORRECTIONS = [ImportanceResampling(), ImportanceResampling(smooth=False), DampedResampling(), NoCorrection()]
 
 
 def make_draws(n: int = 1000, seed: int = 0, scale: float = 1.0) -> Draws:
@@ -64,7 +64,7 @@ def test_no_weight_at_all(smooth):
 def test_raw_takes_the_first_draws_whatever_their_weights():
     draws = make_draws(100)
     draws.log_weight[:] = math.nan
-    assert torch.equal(Raw().apply(draws, 7), torch.arange(7))
+    assert torch.equal(NoCorrection().apply(draws, 7), torch.arange(7))
 
 
 @pytest.mark.parametrize("smooth", [True, False])
@@ -84,7 +84,7 @@ def test_resampled_moments_are_those_of_the_target(smooth):
     error = 0.6 * math.sqrt(1 / 20_000 + 1 / (40_000 * share))
     assert abs(float(draws.z[index].mean()) - 0.7) < 5 * error
     assert abs(float(draws.z[index].std()) - 0.6) < 5 * error / math.sqrt(2)
-    raw = Raw().apply(draws, 20_000)
+    raw = NoCorrection().apply(draws, 20_000)
     assert abs(float(draws.z[raw].mean()) - 0.7) > 10 * error
     inverted = draws._replace(log_weight=-draws.log_weight)  # a known wrong variant: the sign of the weights
     wrong = ImportanceResampling(smooth=smooth).apply(inverted, 20_000, torch.Generator().manual_seed(4))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_sm.base import Draws
-from pyro_sm.corrections import Correction, IndependentMetropolis, Raw
+from pyro_sm.corrections import Correction, IndependentMetropolis, NoCorrection
 from pyro_sm.corrections import metropolis as metropolis_module
 from pyro_sm.corrections.metropolis import log_acceptance
 
@@ -93,7 +93,7 @@ def test_the_target_is_recovered_from_a_bad_proposal(num_chains, monkeypatch):
     error = math.sqrt(4 / 16_000)  # about four proposals for one independent draw; each quantity has an sd below 1.4
     index = IndependentMetropolis(num_chains).apply(draws, 16_000)
     assert worst(estimates(draws.z[index]), error) < 5
-    assert worst(estimates(draws.z[Raw().apply(draws, 16_000)]), error) > 10
+    assert worst(estimates(draws.z[NoCorrection().apply(draws, 16_000)]), error) > 10
     monkeypatch.setattr(metropolis_module, "log_acceptance", lambda current, proposed: torch.zeros_like(proposed))
     always = IndependentMetropolis(num_chains).apply(draws, 16_000)
     assert worst(estimates(draws.z[always]), error) > 10

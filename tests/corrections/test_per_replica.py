@@ -19,11 +19,11 @@ from pyro_sm import (
     StoppingRule,
     Trust,
     TrustWarning,
-    WideComponent,
+    WideCovering,
     check,
 )
 from pyro_sm.base import Draws
-from pyro_sm.corrections import ImportanceResampling, Raw
+from pyro_sm.corrections import ImportanceResampling, NoCorrection
 from pyro_sm.corrections.per_replica import PerReplica, joined
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.weights import evidence
@@ -50,14 +50,14 @@ def test_each_pool_is_corrected_by_itself():
     assert bool((index[:30] < 100).all())
     assert bool((index[30:] >= 100).all())
     assert int((ImportanceResampling().apply(whole, 60) < 100).sum()) <= 2
-    assert PerReplica(Raw(), 2).apply(whole, 4).tolist() == [0, 1, 100, 101]
-    assert PerReplica(Raw(), 2).name == "none (raw draws of the guide), in each of 2 replicas"
+    assert PerReplica(NoCorrection(), 2).apply(whole, 4).tolist() == [0, 1, 100, 101]
+    assert PerReplica(NoCorrection(), 2).name == "none (raw draws of the guide), in each of 2 replicas"
 
 
 @pytest.mark.parametrize(("size", "num_samples"), [(101, 10), (100, 9)])
 def test_parts_must_be_equal(size, num_samples):
     with pytest.raises(ValueError, match="multiples of the 2 replicas"):
-        PerReplica(Raw(), 2).apply(pool(size, 0), num_samples)
+        PerReplica(NoCorrection(), 2).apply(pool(size, 0), num_samples)
 
 
 def test_scores_are_kept_only_if_all_have_them():
@@ -99,7 +99,7 @@ def test_draws_and_evidence_of_all(three):
 def test_a_larger_pool_of_one_does_not_break_the_others(three):
     three.replicas[1].draws(6000)
     draws = three.draws(16_000)
-    assert draws.z.shape[0] == 18_000  # cut short, the wide component's draws would be missing from the weights
+    assert draws.z.shape[0] == 18_000  # cut short, the covering component's draws would be missing from the weights
     assert abs(three.log_evidence - LOG_EVIDENCE) < 5 * three.log_evidence_se
 
 
@@ -236,7 +236,7 @@ def test_replicas_that_agree_are_trusted_even_without_a_probe():
 
 @pytest.mark.slow
 def test_one_replica_that_lost_a_mode_is_seen():
-    sampler = four(objective=ImportanceWeightedScoreMatching(wide=WideComponent(0.1, 1.0)))
+    sampler = four(objective=ImportanceWeightedScoreMatching(covering=WideCovering(0.1, 1.0)))
     blind = sampler.replicas[3]
     blind.guide.base = GivenBase(torch.tensor([-3.0, 3.0]), 0.6)
     sampler.run()

@@ -28,7 +28,7 @@ from pyro.infer.autoguide import (
 
 from pyro_sm import diagnostics
 from pyro_sm.base import Draws, Evaluations, PyroSMWarning, RoundInfo
-from pyro_sm.corrections import Raw
+from pyro_sm.corrections import NoCorrection
 from pyro_sm.diagnostics import Provenance, draw_from_guide, draws_to_arviz, export, to_arviz
 from pyro_sm.gaussians.gaussian import gaussian_log_prob
 from pyro_sm.model.density import ModelDensity
@@ -262,7 +262,7 @@ def test_parts_can_be_left_out():
 
 
 def test_raw_draws_are_exported_as_they_are():
-    data = make_export(True, correction=Raw(), num_chains=1)
+    data = make_export(True, correction=NoCorrection(), num_chains=1)
     np.testing.assert_array_equal(data.posterior["mu"][0], data.guide["mu"][0, :1000])
     assert data.posterior.attrs["correction"] == "none (raw draws of the guide)"
 
@@ -428,7 +428,7 @@ def guide_that_cannot_be_batched(n_obs: int = 4):
 def test_guides_written_by_hand_give_the_evidence(guide, n):
     density = ModelDensity(positive, (4,))
     draws = draw_from_guide(guide, density, n, (4,))
-    assert density.evaluations.density == n
+    assert density.evaluations.values == n
     found, exact = evidence(draws.log_weight), positive_log_evidence()
     assert abs(found.log_evidence - exact) < 5 * found.log_evidence_se
     for i in range(0, n, n // 7):  # against the guide itself, one draw at a time
@@ -529,13 +529,13 @@ def test_guides_without_a_density_are_refused(guide, message):
 
 def test_to_arviz_end_to_end():
     class Counted:
-        evaluations = Evaluations(density=77, gradient=66)
+        evaluations = Evaluations(values=77, scores=66)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PyroSMWarning)
         data = to_arviz(hierarchy, guide_for_hierarchy, DATA, num_samples=400, objective=Counted(), seed=3)
         named = to_arviz(hierarchy, guide_for_hierarchy, y=DATA, num_samples=30, pool=50, objective="by hand")
-        silent = to_arviz(hierarchy, guide_for_hierarchy, DATA, num_samples=33, pool=50, correction=Raw())
+        silent = to_arviz(hierarchy, guide_for_hierarchy, DATA, num_samples=33, pool=50, correction=NoCorrection())
     attributes = data.posterior.attrs
     assert data.posterior["theta"].dims == ("chain", "draw", "group")
     assert data.posterior["theta"].shape == (4, 100, 5)

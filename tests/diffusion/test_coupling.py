@@ -26,7 +26,7 @@ from pyro_sm.diffusion.coupling import (
     fit_coupling,
     refit_coupling,
 )
-from pyro_sm.diffusion.covering import WideComponent, draw_defensively
+from pyro_sm.diffusion.covering import WideCovering, draw_with_covering
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.diffusion.flow import FlowSolver
@@ -581,7 +581,7 @@ def test_an_untrained_bent_sampler_is_its_bent_base():
     torch.testing.assert_close(process.path_log_ratio(given), -bent_base(given), **exact)
     torch.testing.assert_close(process.log_prob(given), bent_base(given), **exact)
     torch.testing.assert_close(
-        WideComponent(0.1, 1.0).log_prob(process, density_of(law_of_three()), given), bent_base(given), **exact
+        WideCovering(0.1, 1.0).log_prob(process, density_of(law_of_three()), given), bent_base(given), **exact
     )
     # Its log|det| is not a constant.
     assert float(process.log_det(given).std()) > 0.1
@@ -590,13 +590,13 @@ def test_an_untrained_bent_sampler_is_its_bent_base():
 def test_the_covering_normal_law_has_the_moments_of_the_bent_base():
     process = process_of(Denoiser(zero_network(3)))
     state = torch.get_rng_state()
-    loc, tril = process.covering()
+    loc, tril = process.covering_gaussian()
     assert torch.equal(torch.get_rng_state(), state)
     z = process.to_latent(normal(200_000, 3))
     torch.testing.assert_close(tril @ tril.T, torch.cov(z.T), rtol=0.15, atol=0.05)
     torch.testing.assert_close(loc, z.mean(0), rtol=0, atol=0.1)
     assert torch.equal(tril, tril.tril())
-    plain_loc, plain_tril = process_of(Denoiser(zero_network(3)), None).covering()
+    plain_loc, plain_tril = process_of(Denoiser(zero_network(3)), None).covering_gaussian()
     assert torch.equal(plain_loc, LOC)
     assert torch.equal(plain_tril, TRIL)
 
@@ -604,7 +604,7 @@ def test_the_covering_normal_law_has_the_moments_of_the_bent_base():
 def test_the_evidence_is_unbiased_for_a_random_network():
     process = process_of(Denoiser(random_network(3, 0.2)))
     density = density_of(law_of_three())
-    draws, _ = draw_defensively(process, density, WideComponent(0.2, 1.5), 40_000)
+    draws, _ = draw_with_covering(process, density, WideCovering(0.2, 1.5), 40_000)
     found = evidence(draws.log_weight)
     assert found.log_evidence_se < 0.02
     assert abs(found.log_evidence - LOG_Z) < 5 * found.log_evidence_se
@@ -641,8 +641,8 @@ def test_a_wide_draw_whose_way_back_is_lost_has_the_weight_of_its_density():
     )
     process = process_of(Denoiser(zero_network(3)), narrow)
     density = FunctionDensity(lambda z: -0.5 * z.square().sum(-1), 3, dtype=torch.float64)
-    wide = WideComponent(0.5, 1.7)
-    draws, num_guide = draw_defensively(process, density, wide, 400)
+    wide = WideCovering(0.5, 1.7)
+    draws, num_guide = draw_with_covering(process, density, wide, 400)
     log_p, log_weight = draws.log_p[num_guide:], draws.log_weight[num_guide:]
     # b is nowhere smaller than eight standard deviations out in every direction, and so the weight nowhere larger.
     middle = torch.zeros(1, 3, **DOUBLE)
@@ -654,7 +654,7 @@ def test_a_wide_draw_whose_way_back_is_lost_has_the_weight_of_its_density():
 
 def test_the_bent_wide_component_is_normalised_and_is_what_it_draws():
     process, density = process_of(Denoiser(zero_network(3))), density_of(law_of_three())
-    wide = WideComponent(0.2, 1.7)
+    wide = WideCovering(0.2, 1.7)
     z, log_b_there = wide.draw(process, density, 100_000)
     torch.testing.assert_close(log_b_there, wide.log_prob(process, density, z), rtol=1e-9, atol=1e-9)
     v = BENT.straighten(z)
@@ -683,7 +683,7 @@ def test_points_deep_in_the_neck_have_no_weight_and_no_nan():
     u = process.to_white(far)
     assert bool(torch.isfinite(u).all())
     assert bool((process.path_log_ratio(far)[:-1] > 1e10).all())
-    wide = WideComponent().log_prob(process, FunctionDensity(Funnel(3).log_prob, 3), far)
+    wide = WideCovering().log_prob(process, FunctionDensity(Funnel(3).log_prob, 3), far)
     assert bool((wide[:-1] < -1e10).all())
     torch.testing.assert_close(process.to_latent(u[-1:]), far[-1:], rtol=1e-3, atol=1e-3)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wide component: bounded weights, and the mode that a guide has lost."""
+"""The covering component: bounded weights, and the mode that a guide has lost."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from oracles import BASE_LOC, BASE_TRIL, LOG_Z, Mixture, density_of, process_of, random_network, two_modes
 from torch.distributions import MultivariateNormal
 
-from pyro_sm.diffusion.covering import WideComponent, draw_defensively, mixture_log_weight
+from pyro_sm.diffusion.covering import WideCovering, draw_with_covering, mixture_log_weight
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.weights import evidence
 
@@ -23,7 +23,7 @@ def test_wide_density_in_whitened_space(extra):
     u = 3 * torch.randn(4, 2, dtype=torch.float64)
     variance = 1.8**2 + torch.as_tensor(extra, dtype=torch.float64).expand(4)
     expected = torch.distributions.Normal(0.0, variance.sqrt()[:, None]).log_prob(u).sum(-1)
-    torch.testing.assert_close(WideComponent(0.1, 1.8).log_prob_white(u, extra), expected, **exact)
+    torch.testing.assert_close(WideCovering(0.1, 1.8).log_prob_white(u, extra), expected, **exact)
 
 
 def test_balance_heuristic_by_hand():
@@ -37,10 +37,10 @@ def test_balance_heuristic_by_hand():
 
 
 def test_weights_are_bounded_by_the_wide_component():
-    wide = WideComponent(0.25, 1.5)
+    wide = WideCovering(0.25, 1.5)
     process = process_of(Denoiser(random_network(2, 0.5)))
     density = density_of(process, two_modes())
-    draws, num_guide = draw_defensively(process, density, wide, 400)
+    draws, num_guide = draw_with_covering(process, density, wide, 400)
     assert num_guide == 300
     assert draws.z.shape == (400, 2)
     # The base scaled about its own location.
@@ -50,15 +50,15 @@ def test_weights_are_bounded_by_the_wide_component():
     assert float((bound - draws.log_weight).min()) < 0.1, "some weight comes near its bound"
     torch.testing.assert_close(draws.log_p, density.log_prob(draws.z), **exact)
     # The bound of a component that is not there does not hold.
-    plain, _ = draw_defensively(process, density, WideComponent(0.0, 1.5), 4000)
+    plain, _ = draw_with_covering(process, density, WideCovering(0.0, 1.5), 4000)
     bound = plain.log_p - math.log(0.25) - law.log_prob(plain.z)
     assert bool((plain.log_weight > bound + 1e-3).any())
 
 
 def test_the_wide_draws_come_last_and_are_wide():
-    wide = WideComponent(0.5, 3.0)
+    wide = WideCovering(0.5, 3.0)
     process = process_of(Denoiser(random_network(2, 0.1)))
-    draws, num_guide = draw_defensively(process, density_of(process, two_modes()), wide, 4000)
+    draws, num_guide = draw_with_covering(process, density_of(process, two_modes()), wide, 4000)
     outer = process.to_white(draws.z[num_guide:]) / 3
     n = len(outer)
     assert float((outer.T @ outer / n - torch.eye(2)).abs().max()) < 5 * math.sqrt(2 / n)
@@ -71,7 +71,7 @@ def test_a_share_of_no_draws_leaves_the_path_weights(share, num_draws):
     process = process_of(Denoiser(random_network(2)))
     density = density_of(process, two_modes())
     torch.manual_seed(8)
-    draws, num_guide = draw_defensively(process, density, WideComponent(share), num_draws)
+    draws, num_guide = draw_with_covering(process, density, WideCovering(share), num_draws)
     torch.manual_seed(8)
     z, log_ratio = process.draw(num_draws)
     assert num_guide == num_draws
@@ -84,7 +84,7 @@ def test_a_share_of_no_draws_leaves_the_path_weights(share, num_draws):
 def test_some_draws_are_always_the_guides_own(num_draws):
     """A share that rounds to all of them has no weights: there is nobody to take the rest."""
     process = process_of(Denoiser(random_network(2)))
-    draws, num_guide = draw_defensively(process, density_of(process, two_modes()), WideComponent(0.9), num_draws)
+    draws, num_guide = draw_with_covering(process, density_of(process, two_modes()), WideCovering(0.9), num_draws)
     assert num_guide == 1
     assert bool(torch.isfinite(draws.log_weight).all())
 
@@ -92,9 +92,9 @@ def test_some_draws_are_always_the_guides_own(num_draws):
 def test_each_draw_is_evaluated_once():
     process = process_of(Denoiser(random_network(2)))
     density = density_of(process, two_modes())
-    draw_defensively(process, density, WideComponent(0.3), 50)
-    assert density.evaluations.density == 50
-    assert density.evaluations.gradient == 0
+    draw_with_covering(process, density, WideCovering(0.3), 50)
+    assert density.evaluations.values == 50
+    assert density.evaluations.scores == 0
 
 
 class Overflowing:
@@ -121,11 +121,11 @@ class Overflowing:
 @pytest.mark.parametrize("with_score", [False, True])
 def test_paths_that_overflow_have_no_weight_and_spoil_no_other(share, with_score):
     process = process_of(Denoiser(random_network(2, 0.3)))
-    density, wide = density_of(process, two_modes()), WideComponent(share)
+    density, wide = density_of(process, two_modes()), WideCovering(share)
     found = []
     for one in (process, Overflowing(process)):
         torch.manual_seed(9)
-        found.append(draw_defensively(one, density, wide, 400, with_score=with_score)[0])
+        found.append(draw_with_covering(one, density, wide, 400, with_score=with_score)[0])
     good, spoilt = found
     lost = torch.zeros(400).bool()
     lost[[row for row, _, _ in Overflowing.LOST]] = True
@@ -144,13 +144,13 @@ def test_paths_that_overflow_have_no_weight_and_spoil_no_other(share, with_score
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, math.nan])
 def test_bad_shares_are_refused(share):
     with pytest.raises(ValueError, match=r"share in \[0, 1\)"):
-        WideComponent(share)
+        WideCovering(share)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])
 def test_bad_scales_are_refused(scale):
     with pytest.raises(ValueError, match="positive scale"):
-        WideComponent(0.1, scale)
+        WideCovering(0.1, scale)
 
 
 # ---------------------------------------------------------------------------------------- statistical
@@ -171,7 +171,7 @@ def lost_mode():
 def test_the_wide_component_recovers_a_lost_mode():
     process = lost_mode()
     density = density_of(process, BOTH)
-    draws, num_guide = draw_defensively(process, density, WideComponent(0.2, 1.5), 40_000)
+    draws, num_guide = draw_with_covering(process, density, WideCovering(0.2, 1.5), 40_000)
     found = evidence(draws.log_weight)
     assert found.log_evidence_se < LOST / 10
     assert abs(found.log_evidence - LOG_Z) < 5 * found.log_evidence_se
@@ -181,14 +181,14 @@ def test_the_wide_component_recovers_a_lost_mode():
     mass = float(torch.softmax(draws.log_weight, 0)[second].sum())
     assert mass == pytest.approx(LOST, abs=0.03)
     # Weights that forget who drew are wrong: wide draws weighted as the guide's own, or everything as one or other.
-    log_wide = WideComponent(0.2, 1.5).log_prob_white(u) - process.log_det(u)
+    log_wide = WideCovering(0.2, 1.5).log_prob_white(u) - process.log_det(u)
     wrong = torch.where(torch.arange(40_000) < num_guide, draws.log_weight, draws.log_p - log_wide)
     assert abs(evidence(wrong).log_evidence - LOG_Z) > 5 * evidence(wrong).log_evidence_se
 
 
 def test_without_it_the_lost_mass_is_missing_and_nothing_shows():
     process = lost_mode()
-    draws, _ = draw_defensively(process, density_of(process, BOTH), WideComponent(0.0), 40_000)
+    draws, _ = draw_with_covering(process, density_of(process, BOTH), WideCovering(0.0), 40_000)
     found = evidence(draws.log_weight)
     assert found.log_evidence == pytest.approx(LOG_Z + math.log(1 - LOST), abs=5 * found.log_evidence_se)
     assert abs(found.log_evidence - LOG_Z) > 10 * found.log_evidence_se
@@ -197,9 +197,9 @@ def test_without_it_the_lost_mass_is_missing_and_nothing_shows():
 def test_the_evidence_is_unbiased_for_a_random_guide_too():
     process = process_of(Denoiser(random_network(2, 0.2)))
     density = density_of(process, two_modes())
-    wide = WideComponent(0.4, 1.5)
+    wide = WideCovering(0.4, 1.5)
     torch.manual_seed(6)
-    draws, num_guide = draw_defensively(process, density, wide, 40_000)
+    draws, num_guide = draw_with_covering(process, density, wide, 40_000)
     found = evidence(draws.log_weight)
     assert found.log_evidence_se < 0.02
     assert abs(found.log_evidence - LOG_Z) < 5 * found.log_evidence_se

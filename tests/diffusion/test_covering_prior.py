@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prior as the wide component: bounded weights, and the right evidence from a guide that has lost a mode."""
+"""The prior as the covering component: bounded weights, and the right evidence from a guide that has lost a mode."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sm import ModelDensity, PriorComponent, WideComponent
-from pyro_sm.diffusion.covering import default_defence, draw_defensively
+from pyro_sm import ModelDensity, PriorCovering, WideCovering
+from pyro_sm.diffusion.covering import default_covering, draw_with_covering
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.diffusion.kernels import gaussian_kernels
@@ -41,7 +41,7 @@ def exact_log_evidence() -> float:
 
 def test_evidence_is_right_although_the_guide_has_lost_a_mode() -> None:
     density = ModelDensity(two_modes)
-    draws, _ = draw_defensively(one_sided_guide(), density, PriorComponent(0.1), 20_000)
+    draws, _ = draw_with_covering(one_sided_guide(), density, PriorCovering(0.1), 20_000)
     estimate = evidence(draws.log_weight)
     assert abs(estimate.log_evidence - exact_log_evidence()) < 5 * estimate.log_evidence_se
     assert estimate.log_evidence_se < 0.06
@@ -49,28 +49,28 @@ def test_evidence_is_right_although_the_guide_has_lost_a_mode() -> None:
 
 def test_without_it_the_evidence_lacks_the_lost_mode_and_the_weights_look_fine() -> None:
     density = ModelDensity(two_modes)
-    draws, _ = draw_defensively(one_sided_guide(), density, PriorComponent(0.0), 20_000)
+    draws, _ = draw_with_covering(one_sided_guide(), density, PriorCovering(0.0), 20_000)
     estimate = evidence(draws.log_weight)
     assert estimate.log_evidence < exact_log_evidence() - 5 * estimate.log_evidence_se
 
 
 def test_weights_are_bounded_by_the_likelihood() -> None:
     density = ModelDensity(two_modes)
-    draws, own = draw_defensively(one_sided_guide(), density, PriorComponent(0.1), 5000)
+    draws, own = draw_with_covering(one_sided_guide(), density, PriorCovering(0.1), 5000)
     assert own == 4500
     log_likelihood = draws.log_p - density.log_prior(draws.z)
     assert bool((draws.log_weight <= log_likelihood + math.log(10) + 1e-3).all())
 
 
 def test_the_default_is_the_prior_where_there_is_one() -> None:
-    assert default_defence(ModelDensity(two_modes)) == PriorComponent()
+    assert default_covering(ModelDensity(two_modes)) == PriorCovering()
     flat = ModelDensity(factor_model(lambda x: -x.square().sum(-1), 2))
-    assert default_defence(flat) == WideComponent()
-    with pytest.raises(TypeError, match="use WideComponent"):
-        draw_defensively(one_sided_guide(), ModelDensity(factor_model(lambda x: -x.square().sum(-1), 1)),
-                         PriorComponent(), 50)  # fmt: skip
+    assert default_covering(flat) == WideCovering()
+    with pytest.raises(TypeError, match="use WideCovering"):
+        draw_with_covering(one_sided_guide(), ModelDensity(factor_model(lambda x: -x.square().sum(-1), 1)),
+                         PriorCovering(), 50)  # fmt: skip
 
 
 def test_share_is_checked() -> None:
     with pytest.raises(ValueError, match="share"):
-        PriorComponent(1.0)
+        PriorCovering(1.0)

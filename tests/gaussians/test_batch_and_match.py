@@ -98,7 +98,7 @@ def test_the_gaussian_target_is_found():
     found = batch_and_match(density, start(), num_batches=60, batch_size=16).gaussian
     torch.testing.assert_close(found.covariance, wanted.covariance, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.loc, wanted.loc, rtol=1e-6, atol=1e-6)
-    assert density.evaluations == Evaluations(density=960, gradient=960)
+    assert density.evaluations == Evaluations(values=960, scores=960)
 
 
 def test_float32_densities_are_served_in_float64():
@@ -388,7 +388,7 @@ def test_the_start_moves_to_the_mode_where_that_is_better():
     start = Gaussian(torch.zeros(3).double(), 0.01 * torch.eye(3).double())
     found = start_at_mode(density, start)
     assert torch.allclose(found.loc, torch.tensor([3.0, -40.0, 500.0]).double(), rtol=1e-2)
-    assert density.evaluations.gradient < 600
+    assert density.evaluations.scores < 600
 
 
 def test_the_start_stays_where_there_is_no_mode():

@@ -62,8 +62,8 @@ def test_laplace_in_float32():
 def test_laplace_counts_its_evaluations(float64):
     density = ModelDensity(linear, (DATA,))
     LaplaceBase(num_starts=50).fit(density)
-    assert density.evaluations.density == 50 + density.evaluations.gradient
-    assert density.evaluations.gradient >= 2 * density.dim
+    assert density.evaluations.values == 50 + density.evaluations.scores
+    assert density.evaluations.scores >= 2 * density.dim
 
 
 def test_laplace_starts_at_the_higher_mode(float64):
@@ -119,7 +119,7 @@ def test_batch_and_match_is_close_for_a_gaussian(float64):
     scale = covariance.diagonal().sqrt()
     assert bool(((base.loc - loc).abs() < 0.02 * scale).all())
     assert bool(((base.scale_tril @ base.scale_tril.T - covariance).abs() < 0.02 * torch.outer(scale, scale)).all())
-    assert 150 * 32 < density.evaluations.gradient < 150 * 32 + 1200  # the mode is sought first, and rest last
+    assert 150 * 32 < density.evaluations.scores < 150 * 32 + 1200  # the mode is sought first, and rest last
 
 
 def test_batch_and_match_is_wider_by_default(float64):
@@ -186,7 +186,7 @@ def test_prior_moments(float64):
     assert bool(((found - scale).abs() < 5 * 1.1664 * scale / n**0.5).all())
     assert bool(((found / 1.4826 - scale).abs() > 5 * 1.1664 * scale / n**0.5).all())  # the factor forgotten
     assert torch.equal(base.scale_tril, found.diag())
-    assert density.evaluations.density == 0
+    assert density.evaluations.values == 0
     wide = PriorBase(num_draws=n, inflate=3.0).fit(density).scale_tril.diagonal()
     torch.testing.assert_close(wide, 3 * scale, rtol=0.1, atol=0.0)
 

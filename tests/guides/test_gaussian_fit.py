@@ -65,7 +65,7 @@ def test_the_posterior_is_found_and_counted(float64, make):
         assert_fitted(guide)  # the test can tell
     result = BatchAndMatch(num_batches=60, search_mode=False).fit(guide, DATA)
     assert_fitted(guide)
-    assert result.evaluations.gradient == 60 * 32
+    assert result.evaluations.scores == 60 * 32
     assert result.skipped == 0
     assert result.fisher.shape == result.elbo.shape == (60,)
     assert float(result.fisher[0]) > 1 > 1e-6 > float(result.fisher[-1])
@@ -138,7 +138,7 @@ def test_it_starts_from_the_guide(float64):
 def test_the_search_for_the_mode_is_counted(float64):
     guide = AutoMultivariateNormal(linear)
     result = BatchAndMatch(num_batches=5).fit(guide, DATA)
-    assert 5 * 32 < result.evaluations.gradient < 5 * 32 + 400
+    assert 5 * 32 < result.evaluations.scores < 5 * 32 + 400
     assert float(result.fisher[0]) < 1e-3  # Laplace's approximation of a Gaussian is exact
 
 

@@ -36,7 +36,7 @@ from pyro_sm import (
 )
 from pyro_sm.base import Draws
 from pyro_sm.diagnostics.verdict.verdict import Trust
-from pyro_sm.diffusion.covering import WideComponent
+from pyro_sm.diffusion.covering import WideCovering
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.diffusion.kernels import gaussian_kernels
@@ -147,9 +147,9 @@ def test_the_base_keeps_what_it_read():
 
 def test_the_base_counts_no_evaluations():
     density = ModelDensity(mixed)
-    before = density.evaluations.density
+    before = density.evaluations.values
     GuideBase(jiggled(AutoNormal(mixed))).fit(density)
-    assert density.evaluations.density == before
+    assert density.evaluations.values == before
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -244,7 +244,7 @@ def test_lessons_without_scores():
 
 def path_loss(buffer, tril, noise, weighting=None):
     process = correlated_process(tril)
-    return (weighting or PathWeights()).loss(process, None, WideComponent(), buffer, noise)
+    return (weighting or PathWeights()).loss(process, None, WideCovering(), buffer, noise)
 
 
 def test_steps_on_one_buffer_share_what_is_made_of_it(monkeypatch):
@@ -283,7 +283,7 @@ def deviations(factor):
     guide = AutoDiffusion(factors, base=base, num_steps=8, architecture=MLP(width=8, depth=1))
     guide()
     with torch.no_grad():
-        drawn = guide.draw_weighted(guide.density(factors, (), {}), 2000, wide=WideComponent(0.0))
+        drawn = guide.draw_weighted(guide.density(factors, (), {}), 2000, covering=WideCovering(0.0))
     along = torch.cat([LOADING, LOADING.sum(1, keepdim=True)], 1)
     square = ((drawn.z - LOC) @ along).square()
     covariance = LOADING @ LOADING.T + DIAGONAL.diag()

@@ -510,7 +510,7 @@ def test_nan_are_counted_with_and_without_a_score(options):
         method(z)
         assert density.evaluations.not_a_number - before == 3
     assert bool(torch.isfinite(density.log_prob_and_score(z)[1]).all())
-    assert density.evaluations == Evaluations(density=15, gradient=10, not_a_number=9)
+    assert density.evaluations == Evaluations(values=15, scores=10, not_a_number=9)
 
 
 def test_no_latents_at_all():
@@ -594,7 +594,7 @@ def test_mixed_dtypes_are_promoted():
 def test_evaluations_are_counted():
     density = ModelDensity(*ZOO["eight schools"]())
     assert density.evaluations == Evaluations(0, 0)
-    assert density.verification_evaluations.density > 0
+    assert density.verification_evaluations.values > 0
     z = torch.zeros(7, 10)
     density.log_prob(z)
     density.log_prob_and_score(z[:4])
@@ -736,7 +736,7 @@ def test_with_data():
     close(part.log_prob(z), ModelDensity(model, (x[:50], group[:50], y[:50])).log_prob(z))
     assert part.batching_method == density.batching_method
     assert part.evaluations is density.evaluations
-    assert density.evaluations.density == 4
+    assert density.evaluations.values == 4
     assert part.observed["y"].shape == (50,)
     assert density.observed["y"].shape == (200,)
     with pytest.raises(
@@ -940,9 +940,9 @@ def test_log_prior_is_the_density_of_prior_draws():
     by_hand = dist.HalfCauchy(2.0).log_prob(tau) + tau.log() + dist.Normal(1.0, tau[:, None]).log_prob(theta).sum(1)
     assert density.has_prior
     assert torch.allclose(density.log_prior(z), by_hand, rtol=1e-4, atol=1e-4)
-    counted = density.evaluations.density
+    counted = density.evaluations.values
     density.log_prior(z)
-    assert density.evaluations.density == counted
+    assert density.evaluations.values == counted
 
 
 def test_log_prior_needs_a_proper_prior_free_of_discrete_latents():

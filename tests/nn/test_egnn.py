@@ -26,7 +26,7 @@ def network(n, s, context_dim=0):
 
 def turned(particles, z):
     """The same configurations, rotated, reflected and reordered."""
-    n, s = particles.num_particles, particles.space_dim
+    n, s = particles.num_bodies, particles.space_dim
     rotation, _ = torch.linalg.qr(torch.randn(s, s, dtype=torch.float64))
     order = torch.randperm(n)
 
@@ -65,7 +65,7 @@ def test_one_level_for_all_rows_is_that_level_for_each(n, s):
 
 def written_out(net, particles, z, c):
     """The head of ``egnn.py``, one configuration and one pair at a time."""
-    silu, (n, s) = torch.nn.functional.silu, (particles.num_particles, particles.space_dim)
+    silu, (n, s) = torch.nn.functional.silu, (particles.num_bodies, particles.space_dim)
     x = particles.to_positions(z).unflatten(-1, (n, s))
     came, r = x.clone(), torch.exp(4 * c)
     condition = net.condition(net.embedding(c[None]))[0]

@@ -36,9 +36,9 @@ def test_pairs_exchange_values_and_keep_the_rest(count):
     torch.manual_seed(0)
     density = normal(torch.eye(12, **DOUBLE))
     old = chains_of(density, torch.randn(count, 12, **DOUBLE))
-    before = density.evaluations.density
+    before = density.evaluations.values
     move = Crossover().apply(density.log_prob_and_score, old)
-    assert density.evaluations.density - before == count
+    assert density.evaluations.values - before == count
     assert torch.equal(move.chains.z.sort(0).values, old.z.sort(0).values)
     changed = (move.chains.z != old.z).sum(1)
     if count % 2:
@@ -177,9 +177,9 @@ def test_a_population_goes_on_while_it_is_accepted(dim):
         chains = chains_of(density, torch.randn(64, dim, **DOUBLE) @ tril.T)
         crossing = torch.tensor(float(dim > 10), **DOUBLE)
         particles = Particles(*chains, torch.tensor(0.1, **DOUBLE), crossing)
-        before = density.evaluations.density
+        before = density.evaluations.values
         moved = settings.moved(particles, density)
-        assert density.evaluations.density - before == settings.evaluations_of(particles)
+        assert density.evaluations.values - before == settings.evaluations_of(particles)
         assert settings.evaluations_of(particles) == 64 * (2 if dim > 10 else 1)
         assert bool(moved.crossing) is expected
         assert torch.allclose(density.log_prob(moved.z), moved.log_p)

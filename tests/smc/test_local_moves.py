@@ -98,7 +98,7 @@ def test_shares_of_modes_stay_as_they_are():
 def test_evaluations_are_counted():
     density = ridge()
     LocalMoves(7, HamiltonianMove(num_leapfrog=3)).run(density, on_the_ridge(11))
-    assert density.evaluations.gradient == 11 * (1 + 7 * 3)
+    assert density.evaluations.scores == 11 * (1 + 7 * 3)
 
 
 def test_float32_stays_float32():
@@ -133,7 +133,7 @@ def test_a_sampler_moves_what_it_has_chosen():
     moved = sampler.get_samples(1000, correction=DampedResampling(), moves=LocalMoves(20))
     again = sampler.get_samples(1000, correction=DampedResampling(), moves=LocalMoves(20))
     assert torch.equal(state, torch.get_rng_state())
-    assert sampler._counted().gradient == spent.gradient + 2 * 1000 * 21
+    assert sampler._counted().scores == spent.scores + 2 * 1000 * 21
     assert set(moved) == {"mean", "scale"}
     assert bool((moved["scale"] > 0).all())
     assert not torch.equal(still["mean"], moved["mean"])

@@ -41,7 +41,7 @@ def test_ascent_climbs_and_arrives():
     assert bool((log_p >= density.log_prob(begin)).all())
     nearest = torch.cdist(z, LOC).min(1).values
     assert float((nearest < 0.1).double().mean()) > 0.95
-    assert density.evaluations.density < 64 * 40  # it stops when all have arrived
+    assert density.evaluations.values < 64 * 40  # it stops when all have arrived
 
 
 def test_ascent_of_a_badly_scaled_normal_law():
@@ -131,7 +131,7 @@ def test_with_too_many_latents_nothing_is_searched_or_spent():
     found = ModeSearch(max_dim=1).find(density, start, progress=lambda: calls.append(0))
     assert found.start is start
     assert found.modes is None
-    assert (density.evaluations.density, density.evaluations.gradient, calls) == (0, 0, [])
+    assert (density.evaluations.values, density.evaluations.scores, calls) == (0, 0, [])
     assert ModeSearch(num_ascents=64, max_dim=2).find(density, start).modes is not None
 
 

@@ -190,7 +190,7 @@ def test_evaluations_are_counted():
     density = banana()
     chains = at(density, exact_draws(11))
     HamiltonianMove(4).apply(density.log_prob_and_score, chains, 0.1, SCALE)
-    assert density.evaluations.density == density.evaluations.gradient == 11 + 4 * 11
+    assert density.evaluations.values == density.evaluations.scores == 11 + 4 * 11
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

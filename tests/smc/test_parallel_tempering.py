@@ -200,7 +200,7 @@ def test_shapes_counts_and_seed(path, dtype):
     assert run.ladder[0].beta == pytest.approx(path.hottest)
     per_sweep = 5 * 3 * 2 + 5 if path.hottest == 0 else 5 * 4 * 2
     assert run.density_evaluations == 20 + 37 * per_sweep
-    assert density.evaluations.density == 3 * run.density_evaluations
+    assert density.evaluations.values == 3 * run.density_evaluations
     assert told[:37] == [(i, 37) for i in range(1, 38)]
     assert torch.equal(run.z, runs[1].z)
     assert not torch.equal(run.z, runs[2].z)

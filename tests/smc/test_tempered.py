@@ -250,7 +250,7 @@ def test_history_evaluations_and_progress():
     told = []
     run = TemperedSMC(300, 4, HamiltonianMove(3), effective_share=0.7).run(density, start, progress=told.append)
     assert tuple(told) == run.history
-    assert density.evaluations.density == density.evaluations.gradient == 300 + len(told) * 4 * 3 * 300
+    assert density.evaluations.values == density.evaluations.scores == 300 + len(told) * 4 * 3 * 300
     betas = [step.beta for step in told]
     assert betas == sorted(betas)
     assert betas[-1] == 1.0

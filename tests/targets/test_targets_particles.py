@@ -18,7 +18,7 @@ SYSTEMS = {"dw4": DoubleWellParticles, "lj13": LennardJones, "lj55": lambda: Len
 
 
 def positions(target, count=3, spread=1.5):
-    n, s = target.particles.num_particles, target.particles.space_dim
+    n, s = target.particles.num_bodies, target.particles.space_dim
     return spread * torch.randn(count, n * s)
 
 
@@ -47,7 +47,7 @@ def test_lennard_jones_energy_sums_over_ordered_pairs():
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_symmetries(name):
     target = SYSTEMS[name]()
-    n, s = target.particles.num_particles, target.particles.space_dim
+    n, s = target.particles.num_bodies, target.particles.space_dim
     x = positions(target, spread=2.0)
     value = target.energy(x)
     points = x.unflatten(1, (n, s))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pyro_sm.base import Density, RoundInfo
 from pyro_sm.diagnostics.goodness_of_fit import stein_p_value
 from pyro_sm.diagnostics.guide_draws import draw_from_guide, guide_log_weight
-from pyro_sm.diagnostics.verdict.probe import Probe, Probed, effective_particles, start_for, unknown_share
+from pyro_sm.diagnostics.verdict.probe import Probe, ProbeResult, effective_particles, start_for, unknown_share
 from pyro_sm.diagnostics.verdict.verdict import Findings, Thresholds, Verdict, judge
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.trace import isolated_rng
@@ -100,7 +100,7 @@ def chain_findings(findings: Findings, chains: Sequence[Tensor], *, with_ess: bo
     return replace(findings, num_chains=count)
 
 
-def probe_findings(findings: Findings, pool: Tensor, probed: Probed, log_weights: Sequence[Tensor]) -> Findings:
+def probe_findings(findings: Findings, pool: Tensor, probed: ProbeResult, log_weights: Sequence[Tensor]) -> Findings:
     """``findings`` with what the probe found.
 
     Args:
@@ -113,8 +113,8 @@ def probe_findings(findings: Findings, pool: Tensor, probed: Probed, log_weights
     findings = replace(
         findings,
         probe_failure=probed.failure,
-        probe_density_evaluations=probed.evaluations.density,
-        probe_gradient_evaluations=probed.evaluations.gradient,
+        probe_density_evaluations=probed.evaluations.values,
+        probe_gradient_evaluations=probed.evaluations.scores,
         probe_not_a_number=probed.evaluations.not_a_number,
     )
     if probed.failure:
@@ -155,7 +155,7 @@ def look_elsewhere(
     log_weight: Tensor,
     thresholds: Thresholds | None = None,
     progress: Callable[[float], None] | None = None,
-) -> Probed:
+) -> ProbeResult:
     """What the probe finds; once more, with more of everything, where that is too little to judge by.
 
     Too few lines of descent, or less evidence than the guide's weights have, which are right on average: in both
@@ -205,7 +205,7 @@ def check_guide(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     *args: Any,
-    probe: Probe | Probed | None = DEFAULT_PROBE,
+    probe: Probe | ProbeResult | None = DEFAULT_PROBE,
     num_draws: int = 16_000,
     stein_draws: int = 0,
     seed: int = 0,

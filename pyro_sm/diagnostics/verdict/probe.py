@@ -4,7 +4,7 @@ r"""A probe that looks elsewhere: particles that never saw the guide, and what t
 The weights of a guide cannot tell that a mode is missing, for no draw lies there. So M particles ``z_j`` come to the
 posterior another way: a search for modes and tempered sequential Monte Carlo, from the prior, or from a widened base.
 At each the guide is asked for the log weight it would have given, ``log w_j = log p̃(z_j) − log q(z_j)`` (for a
-diffusion that of a path noised forward from ``z_j``, in the same mixture with the wide component as in the pool).
+diffusion that of a path noised forward from ``z_j``, in the same mixture with the covering component as in the pool).
 
 *Is the mass known?* Let c be three times the tenth largest weight of the pool of N draws. Of places with ``w > c``
 the pool has fewer than ten draws, and the posterior mass that rests on so few is the *unknown share*
@@ -12,7 +12,7 @@ the pool has fewer than ten draws, and the posterior mass that rests on so few i
     ``u = P_p(w > c) ≈ (1/M) Σ_j 1{w_j > c}``.
 
 It is about ``10/N`` for bounded weights, whatever the guide's shares of the modes, and the mass of a lost mode if one
-is lost. (The pool's own estimate, ``Σ_i w_i 1{w_i > c} / Σ_i w_i``, sees it only if a draw of the wide component
+is lost. (The pool's own estimate, ``Σ_i w_i 1{w_i > c} / Σ_i w_i``, sees it only if a draw of the covering component
 has chanced upon it.) Below c nothing is compared: after resampling the particles' shares of the modes are noisy, and
 a guide that has them wrong but knows all places is put right by its weights.
 
@@ -46,7 +46,7 @@ _MARGIN = math.log(3.0)
 """Nats beyond it: particles that are not quite at rest have weights a little above those of exact draws."""
 
 
-class Probed(NamedTuple):
+class ProbeResult(NamedTuple):
     """What the probe found, whatever the guide: for use with every guide on the same model and data.
 
     ``z`` (M, D) and ``log_p`` (M,), nats; ``log_evidence`` and ``log_evidence_se``, nats; ``failure``: why there are
@@ -90,7 +90,7 @@ class Probe:
         return replace(self, smc=smc, num_repeats=self.num_repeats - 1)
 
     @torch.no_grad()
-    def run(self, density: Density, start: Start, *, progress: Callable[[float], None] | None = None) -> Probed:
+    def run(self, density: Density, start: Start, *, progress: Callable[[float], None] | None = None) -> ProbeResult:
         """Look for the posterior from ``start``; a failure is reported in the result, not raised.
 
         Draws come from torch's global generator.
@@ -116,12 +116,12 @@ class Probe:
         except (ValueError, torch.linalg.LinAlgError) as error:  # a density that is not finite, or β = 1 not reached
             return _nothing(density, str(error), density.evaluations - before)
         spent = density.evaluations - before
-        return Probed(found.z, found.log_p, found.log_evidence, found.log_evidence_se, "", spent)
+        return ProbeResult(found.z, found.log_p, found.log_evidence, found.log_evidence_se, "", spent)
 
 
-def _nothing(density: Density, failure: str, spent: Evaluations) -> Probed:
+def _nothing(density: Density, failure: str, spent: Evaluations) -> ProbeResult:
     nothing = torch.empty(0, density.dim, dtype=density.dtype, device=density.device)
-    return Probed(nothing, nothing[:, 0], math.nan, math.inf, failure, spent)
+    return ProbeResult(nothing, nothing[:, 0], math.nan, math.inf, failure, spent)
 
 
 def start_for(density: Density, base: Callable[[], tuple[Tensor, Tensor]]) -> Start:
@@ -131,7 +131,7 @@ def start_for(density: Density, base: Callable[[], tuple[Tensor, Tensor]]) -> St
     return widened(*base())
 
 
-def effective_particles(probed: Probed) -> float:
+def effective_particles(probed: ProbeResult) -> float:
     """``M_eff``, the particles counted by lines of descent."""
     return 1 / min(probed.log_evidence_se**2 + 1 / max(len(probed.z), 1), 1.0)
 
@@ -143,7 +143,7 @@ class Unknown(NamedTuple):
     se: float
 
 
-def unknown_share(pool: Tensor, probed: Probed, log_weight: Tensor) -> Unknown:
+def unknown_share(pool: Tensor, probed: ProbeResult, log_weight: Tensor) -> Unknown:
     """The unknown share, as at the head of this file.
 
     Args:

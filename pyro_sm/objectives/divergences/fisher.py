@@ -290,7 +290,7 @@ class PathObjective(ELBO):
             path = self._path(guide, density, args, kwargs)
             self._check(model, guide, path, density, args, kwargs)
             loss = self._loss(path, density, guide, commit=commit, create_graph=create_graph)
-        density.evaluations.gradient += self.num_particles
+        density.evaluations.scores += self.num_particles
         self._last = density
         return loss if create_graph else loss.detach()
 

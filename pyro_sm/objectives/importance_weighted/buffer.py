@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Round(NamedTuple):
-    """One round of draws. ``draws``: N of them, the wide ones last. ``weight``: (N,) training weights, sum 1.
+    """One round. ``draws``: N of them, the covering component's last. ``weight``: (N,) training weights, sum 1.
 
     ``gamma``: the damping that made ``weight``. ``num_guide``: how many came from the guide's own paths.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Importance-weighted score matching as a Pyro objective: rounds of draws, steps of regression in between.
 
-One *round*: N draws from the guide (and a wide component), ``log p̃`` once per draw, path log weights, damping
+One *round*: N draws from the guide (and a covering component), ``log p̃`` once per draw, path log weights, damping
 exponent γ; into the replay buffer; kernel variances refitted. One *step*: a batch of noised points and the loss of
 the chosen weighting. A round is due before the first step, then after every ``steps_per_round`` steps.
 
@@ -24,7 +24,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
-from pyro_sm.diffusion.covering import Defence, draw_defensively
+from pyro_sm.diffusion.covering import Covering, draw_with_covering
 from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
 from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round, damped_round, round_statistics
 from pyro_sm.objectives.importance_weighted.population import Particles, Population, as_round
@@ -64,8 +64,8 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         num_particles: N, draws and density evaluations per round.
         weighting: :class:`~pyro_sm.objectives.importance_weighted.weightings.PathWeights` (default) or
             :class:`~pyro_sm.objectives.importance_weighted.weightings.MarginalWeights` (the paper's form).
-        wide: the component that keeps looking elsewhere; by default the weighting's choice: the model's prior
-            (:class:`~pyro_sm.PriorComponent`) or a widened base (:class:`~pyro_sm.WideComponent`).
+        covering: the component that keeps looking elsewhere; by default the weighting's choice: the model's prior
+            (:class:`~pyro_sm.PriorCovering`) or a widened base (:class:`~pyro_sm.WideCovering`).
         effective_share: τ: damping leaves each round an effective share of at least τ.
         buffer_rounds: rounds kept for replay.
         steps_per_round: optimiser steps between rounds.
@@ -90,7 +90,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         num_particles: int = 2048,
         *,
         weighting: Weighting | None = None,
-        wide: Defence | None = None,
+        covering: Covering | None = None,
         effective_share: float = 0.3,
         buffer_rounds: int = 4,
         steps_per_round: int = 100,
@@ -110,7 +110,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             raise ValueError(f"expected effective_share in (0, 1), found {effective_share}")
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         self.weighting = weighting or PathWeights()
-        self.wide = wide
+        self.covering = covering
         self.effective_share = effective_share
         self.buffer_rounds = buffer_rounds
         self.steps_per_round = steps_per_round
@@ -143,15 +143,19 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         """Whether the next step begins with a round."""
         return not self.state.buffer.rounds or self.state.steps >= self.steps_per_round
 
-    def defence(self, density: Density) -> Defence:
-        """The wide component in use for this density."""
-        return self.wide if self.wide is not None else self.weighting.defence(density)
+    def covering_for(self, density: Density) -> Covering:
+        """The covering component in use for this density."""
+        return self.covering if self.covering is not None else self.weighting.default_covering(density)
 
     def _collect(self, guide: DiffusionGuide, density: Density, args: Args, kwargs: Kwargs) -> Round:
         with torch.no_grad(), poutine.block():
             process = guide.diffusion(args, kwargs)
-            draws, num_guide = draw_defensively(
-                process, density, self.defence(density), self.num_particles, with_score=self.weighting.needs_score
+            draws, num_guide = draw_with_covering(
+                process,
+                density,
+                self.covering_for(density),
+                self.num_particles,
+                with_score=self.weighting.needs_score,
             )
             return damped_round(draws, num_guide, self.effective_share)
 
@@ -181,14 +185,16 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         with torch.no_grad(), poutine.block():
             process = guide.diffusion(args, kwargs)
             if particles is None:
-                before = density.evaluations.density
+                before = density.evaluations.values
                 particles, mode = settings.seeded(process, density, self.on_seeding)
                 if settings.rebase:
                     guide.rebase(particles.z, mode, args, kwargs)
-                self.state = self.state._replace(seeding=self.state.seeding + density.evaluations.density - before)
+                self.state = self.state._replace(seeding=self.state.seeding + density.evaluations.values - before)
                 return particles
             share = 1 - new.num_guide / len(new.draws.z)
-            particles, _ = settings.exchanged(particles, new.draws, process, density, self.defence(density), share)
+            particles, _ = settings.exchanged(
+                particles, new.draws, process, density, self.covering_for(density), share
+            )
             return settings.moved(particles, density)
 
     def _warn_of_many_latents(self, info: RoundInfo, dim: int) -> None:
@@ -217,8 +223,8 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             log_evidence=stats.log_evidence,
             log_evidence_se=stats.log_evidence_se,
             loss=state.loss_sum / state.steps if state.steps else float("nan"),
-            density_evaluations=density.evaluations.density,
-            gradient_evaluations=density.evaluations.gradient,
+            density_evaluations=density.evaluations.values,
+            gradient_evaluations=density.evaluations.scores,
             seconds=state.seconds,
         )
         if not state.history:
@@ -268,7 +274,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             buffer = Buffer()  # a look at another guide or other data, which the rounds say nothing about
         if not buffer.rounds:
             buffer = Buffer((self._collect(diffusion_guide, density, args, kwargs),))
-        loss = self.weighting.loss(process, density, self.defence(density), buffer, noise).mean()
+        loss = self.weighting.loss(process, density, self.covering_for(density), buffer, noise).mean()
         if commit:
             self.state = self.state._replace(
                 steps=self.state.steps + 1,

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess, Draws, HasPrior
-from pyro_sm.diffusion.covering import Defence, mixture_log_weight
+from pyro_sm.diffusion.covering import Covering, mixture_log_weight
 from pyro_sm.gaussians.gaussian import GaussianDensity
 from pyro_sm.objectives.importance_weighted.buffer import Round
 from pyro_sm.smc.crossover import Crossover
@@ -150,20 +150,20 @@ class Population:
         draws: Draws,
         process: DiffusionProcess,
         density: Density,
-        wide: Defence,
+        covering: Covering,
         share: float,
     ) -> tuple[Particles, float]:
         """Particles after each of up to M of them was offered one of the ``draws`` (N,); and the acceptance rate.
 
-        ``share``: what part of the draws is the wide component's. Scores of the particles taken over are evaluated.
+        ``share``: what part of the draws is the covering component's. Scores of particles taken over are evaluated.
         """
         count = min(len(draws.z), self.num_particles)
         offered = torch.randperm(len(draws.z), device=draws.z.device)[:count]
         holder = torch.randperm(self.num_particles, device=draws.z.device)[:count]
         held = particles.z[holder]
         log_ratio = process.path_log_ratio(held)
-        log_wide = wide.log_prob(process, density, held) if share > 0 else torch.zeros_like(log_ratio)
-        own = mixture_log_weight(particles.log_p[holder], log_ratio, log_wide, share)
+        log_covering = covering.log_prob(process, density, held) if share > 0 else torch.zeros_like(log_ratio)
+        own = mixture_log_weight(particles.log_p[holder], log_ratio, log_covering, share)
         taken = torch.rand_like(own).log() < draws.log_weight[offered] - own
         rate = float(taken.double().mean())
         if not bool(taken.any()):
@@ -203,4 +203,4 @@ def as_round(particles: Particles) -> Round:
 def _start(process: DiffusionProcess, density: Density) -> Start:
     if isinstance(density, HasPrior) and density.has_prior:
         return PriorStart(density)
-    return GaussianDensity(*process.covering())
+    return GaussianDensity(*process.covering_gaussian())

@@ -11,7 +11,7 @@ although no draw of the target exists.
 
       ``log p̂ = logsumexp_k log p̃(u_k) − log K``,   ``Ŝ = Σ_k softmax_k(log p̃(u_k)) ∇ log p̃(u_k)``,
 
-  from the *same* draws, and ``p̂^B`` the noised buffer with its wide component: the row's weight is
+  from the *same* draws, and ``p̂^B`` the noised buffer with its covering component: the row's weight is
   ``w = p̂/p̂^B``, self-normalised over the batch, and the loss ``Σ w̄ λ ‖s − Ŝ‖²``. Because numerator and score
   share their draws, ``E[w Ŝ | y]/E[w | y] = ∇p_r/p_r`` exactly: the weight removes the ratio bias of Ŝ.
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pyro_sm.base import Density, DiffusionProcess
-from pyro_sm.diffusion.covering import Defence, WideComponent, default_defence
+from pyro_sm.diffusion.covering import Covering, WideCovering, default_covering
 from pyro_sm.objectives.importance_weighted.buffer import Buffer
 from pyro_sm.objectives.importance_weighted.target_score import fisher_information, score_shift
 
@@ -64,15 +64,15 @@ class Weighting(Protocol):
         """Whether a round's draws need the density's score as well."""
         ...
 
-    def defence(self, density: Density) -> Defence:
-        """The wide component to use if none is given."""
+    def default_covering(self, density: Density) -> Covering:
+        """The covering component to use if none is given."""
         ...
 
     def loss(
         self,
         process: DiffusionProcess,
         density: Density,
-        wide: Defence,
+        covering: Covering,
         buffer: Buffer,
         step: StepNoise,
     ) -> Tensor:
@@ -173,15 +173,15 @@ class PathWeights:
         """As was asked for."""
         return self.target_score
 
-    def defence(self, density: Density) -> Defence:
+    def default_covering(self, density: Density) -> Covering:
         """The prior where the model has one, else the widened base."""
-        return default_defence(density)
+        return default_covering(density)
 
     def loss(
         self,
         process: DiffusionProcess,
         density: Density,
-        wide: Defence,
+        covering: Covering,
         buffer: Buffer,
         step: StepNoise,
     ) -> Tensor:
@@ -226,8 +226,8 @@ def marginal_estimate(
     return MarginalEstimate(torch.logsumexp(log_p, 0) - math.log(num_inner), (share[..., None] * score).sum(0))
 
 
-def noised_buffer_log_prob(y: Tensor, r: Tensor, u: Tensor, wide: WideComponent) -> Tensor:
-    """``log p̂^B_r(y)`` (B,): kernels on the guide's own draws ``u`` (M, D), plus the wide component noised.
+def noised_buffer_log_prob(y: Tensor, r: Tensor, u: Tensor, covering: WideCovering) -> Tensor:
+    """``log p̂^B_r(y)`` (B,): kernels on the guide's own draws ``u`` (M, D), plus the covering component noised.
 
     No model evaluations. ``(1−ρ) (1/M) Σ_j N(y; u_j, r²) + ρ N(y; 0, scale² + r²)``, whitened.
     """
@@ -236,10 +236,10 @@ def noised_buffer_log_prob(y: Tensor, r: Tensor, u: Tensor, wide: WideComponent)
     distance = torch.cdist(y, u, compute_mode="donot_use_mm_for_euclid_dist").square()
     kernel = -0.5 * (distance / r[:, None].square() + dim * torch.log(2 * math.pi * r[:, None].square()))
     own = torch.logsumexp(kernel, 1) - math.log(u.shape[0])
-    if wide.share == 0:
+    if covering.share == 0:
         return own
-    noised = wide.log_prob_white(y, r.square())
-    return torch.logaddexp(math.log1p(-wide.share) + own, math.log(wide.share) + noised)
+    noised = covering.log_prob_white(y, r.square())
+    return torch.logaddexp(math.log1p(-covering.share) + own, math.log(covering.share) + noised)
 
 
 @dataclass(frozen=True)
@@ -268,15 +268,15 @@ class MarginalWeights:
         """No: the inner draws have theirs."""
         return False
 
-    def defence(self, density: Density) -> Defence:
+    def default_covering(self, density: Density) -> Covering:
         """The widened base: its noised density is known, the prior's is not."""
-        return WideComponent()
+        return WideCovering()
 
     def loss(
         self,
         process: DiffusionProcess,
         density: Density,
-        wide: Defence,
+        covering: Covering,
         buffer: Buffer,
         step: StepNoise,
     ) -> Tensor:
@@ -285,8 +285,8 @@ class MarginalWeights:
         The clean points are the buffer's draws alike, whatever their path weight. The variance head has no target
         in this form and is held near zero; the fitted variance factors do its work.
         """
-        if not isinstance(wide, WideComponent):
-            raise TypeError(f"MarginalWeights needs a WideComponent, whose noised density is known; found {wide!r}")
+        if not isinstance(covering, WideCovering):
+            raise TypeError(f"expected a WideCovering, whose noised density is known, found {covering!r}")
         own = torch.cat([r.draws.z[: r.num_guide] for r in buffer.rounds])
         with torch.no_grad():
             latents = buffer.latents()
@@ -294,7 +294,7 @@ class MarginalWeights:
             y = u + step.level[:, None] * step.noise
             estimate = marginal_estimate(process, density, y, step.level, step.inner)
             stride = -(-own.shape[0] // self.max_kernels)
-            log_buffer = noised_buffer_log_prob(y, step.level, process.to_white(own[::stride]), wide)
+            log_buffer = noised_buffer_log_prob(y, step.level, process.to_white(own[::stride]), covering)
             log_weight = estimate.log_p - log_buffer
             if not bool(torch.isfinite(log_weight).any()):
                 raise ValueError("no inner draw has a finite density: the base lies outside the model's support")

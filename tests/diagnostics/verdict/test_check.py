@@ -25,14 +25,14 @@ from pyro_sm import (
     StoppingRule,
     Trust,
     TrustWarning,
-    WideComponent,
+    WideCovering,
     check,
     check_guide,
     to_arviz,
 )
 from pyro_sm.base import Evaluations, RoundInfo
 from pyro_sm.corrections import IndependentMetropolis
-from pyro_sm.diagnostics import Findings, Probed, Thresholds, draw_from_guide, guide_log_weight
+from pyro_sm.diagnostics import Findings, ProbeResult, Thresholds, draw_from_guide, guide_log_weight
 from pyro_sm.diagnostics.verdict.check import chain_findings, look_elsewhere, pool_findings, training_findings
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
@@ -134,7 +134,7 @@ def test_the_probe_can_be_used_again():
     good = judged(bimodal, two_modes_guide(0.5, 0.5), probe=probed)
     lost = judged(bimodal, two_modes_guide(1.0), probe=probed)
     assert (good.level, lost.level) == (Trust.TRUST, Trust.DISTRUST)
-    assert good.findings.probe_density_evaluations == density.evaluations.density
+    assert good.findings.probe_density_evaluations == density.evaluations.values
 
 
 def test_checking_leaves_the_generators_alone():
@@ -268,7 +268,7 @@ def looked(*script, pool=None, num_repeats=1, thresholds=None):
 
 def result(log_evidence=0.0, se=0.05, failure="", spent=(10, 4, 3), n=2000):
     z = torch.zeros(0 if failure else n, 1)
-    return Probed(z, z[:, 0], log_evidence, se, failure, Evaluations(*spent))
+    return ProbeResult(z, z[:, 0], log_evidence, se, failure, Evaluations(*spent))
 
 
 @pytest.mark.parametrize(
@@ -350,17 +350,17 @@ def sampler():
 
 
 def test_a_good_fit_is_trusted_and_recorded(sampler, tmp_path):
-    before = sampler._density().evaluations.density
+    before = sampler._density().evaluations.values
     samples = sampler.get_samples(100)
     found = sampler.check(stein_draws=100, correction=IndependentMetropolis())
     assert found.level is Trust.TRUST, str(found)
     assert found.findings.acceptance > 0.05
     assert found.findings.probe_density_evaluations > 0
-    assert sampler._density().evaluations.density == before  # counted apart
+    assert sampler._density().evaluations.values == before  # counted apart
     assert torch.equal(sampler.get_samples(100)["t"], samples["t"])
-    probed = sampler.probed
+    probed = sampler.probe_result
     assert sampler.check(stein_draws=100, correction=IndependentMetropolis()) == found
-    assert sampler.probed is probed
+    assert sampler.probe_result is probed
     assert str(found) in sampler.report()
 
 
@@ -383,7 +383,7 @@ def test_a_sampler_that_lost_a_mode_is_not_trusted_and_warns():
         bimodal,
         guide={"base": base},
         budget=640 * 4,
-        objective={"num_particles": 256, "wide": WideComponent(0.1, 1.0)},
+        objective={"num_particles": 256, "wide": WideCovering(0.1, 1.0)},
     )
     sampler.run()
     found = sampler.check()
@@ -394,7 +394,7 @@ def test_a_sampler_that_lost_a_mode_is_not_trusted_and_warns():
 
 
 def test_interrupting_the_check_changes_nothing(sampler):
-    sampler.probed = None
+    sampler.probe_result = None
 
     class Interrupted(Probe):
         def run(self, *args, **kwargs):
@@ -416,9 +416,9 @@ def test_a_verdict_does_not_outlive_its_training():
     sampler.stopping = StoppingRule(max_evaluations=1280)
     sampler.run(DATA)
     assert sampler._verdict is None
-    assert sampler.probed is not None
+    assert sampler.probe_result is not None
     sampler.run(DATA + 1)
-    assert sampler.probed is None
+    assert sampler.probe_result is None
 
 
 def test_nothing_run_nothing_checked():

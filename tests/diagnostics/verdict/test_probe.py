@@ -11,13 +11,13 @@ from oracles import LOG_Z, density_of, process_of, random_network
 
 from pyro_sm.base import Evaluations
 from pyro_sm.density import FunctionDensity
-from pyro_sm.diagnostics import Probe, Probed
+from pyro_sm.diagnostics import Probe, ProbeResult
 from pyro_sm.diagnostics.verdict.probe import (
     effective_particles,
     start_for,
     unknown_share,
 )
-from pyro_sm.diffusion.covering import WideComponent, process_log_weight
+from pyro_sm.diffusion.covering import WideCovering, process_log_weight
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.smc import PriorStart, TemperedSMC
@@ -60,7 +60,7 @@ def test_the_probe_finds_the_posterior(probed):
     shares = TARGET.mode_shares(probed.z)
     exact = TARGET.mode_weights()
     assert bool(((shares - exact).abs() < 5 * (exact * (1 - exact) / effective_particles(probed)).sqrt()).all())
-    assert 0 < probed.evaluations.gradient <= probed.evaluations.density < 60_000
+    assert 0 < probed.evaluations.scores <= probed.evaluations.values < 60_000
 
 
 def test_a_good_guide_knows_all(probed):
@@ -91,7 +91,7 @@ def test_wrong_shares_of_the_modes_do_not_condemn(probed):
 def test_noise_of_the_particles_does_not_condemn():
     """Particles whose shares resampling has spoilt, on a good guide."""
     z = mixture([0.5, 0.1, 0.1, 0.3], width=0.5).sample((2000,))
-    spoilt = Probed(z, TARGET.log_prob(z), 0.0, 0.1, "", Evaluations())
+    spoilt = ProbeResult(z, TARGET.log_prob(z), 0.0, 0.1, "", Evaluations())
     assert unknown(mixture([0.04, 0.16, 0.16, 0.64]), spoilt).share <= 0.002
 
 
@@ -122,7 +122,7 @@ def test_a_probe_that_fails_says_why(density, probe, words):
     found = probe.run(counted, widened(torch.full((4,), 50.0), torch.eye(4)))
     assert words in found.failure
     assert len(found.z) == 0
-    assert found.evaluations == Evaluations(counted.evaluations.density, counted.evaluations.gradient)
+    assert found.evaluations == Evaluations(counted.evaluations.values, counted.evaluations.scores)
 
 
 def test_nan_that_it_meets_are_counted():
@@ -138,9 +138,9 @@ def test_nan_that_it_meets_are_counted():
     assert density.evaluations.not_a_number == 5
     found = small.run(density, widened(torch.zeros(2), torch.eye(2)))
     assert found.evaluations.not_a_number == density.evaluations.not_a_number - 5 > 0
-    assert found.evaluations.density == density.evaluations.density - 5
+    assert found.evaluations.values == density.evaluations.values - 5
     whole = small.run(FunctionDensity(TARGET.log_prob, 4), widened(torch.zeros(4), torch.eye(4)))
-    assert whole.evaluations.density > 0
+    assert whole.evaluations.values > 0
     assert whole.evaluations.not_a_number == 0
 
 
@@ -149,7 +149,7 @@ def test_with_too_many_latents_it_does_not_begin():
     found = Probe(max_dim=3).run(counted, widened(torch.zeros(4), torch.eye(4)), progress=told.append)
     assert "4 latents are more than the 3" in found.failure
     assert found.evaluations == Evaluations()
-    assert (counted.evaluations.density, told, len(found.z)) == (0, [], 0)
+    assert (counted.evaluations.values, told, len(found.z)) == (0, [], 0)
     few = Probe(TemperedSMC(64, 1), modes=None, max_dim=4)
     assert few.run(counted, widened(torch.zeros(4), TARGET.start.scale.diag())).failure == ""
 
@@ -178,13 +178,13 @@ def test_the_start_is_the_prior_where_there_is_one():
 
 def test_the_base_of_a_process():
     process = process_of(Denoiser(random_network(2, 0.3)))
-    loc, scale = process.covering()
+    loc, scale = process.covering_gaussian()
     u = torch.randn(5, 2, dtype=torch.float64)
     torch.testing.assert_close(process.to_latent(u), loc + u @ scale.T)
     assert torch.equal(scale, scale.tril())
 
 
-@pytest.mark.parametrize("wide", [None, WideComponent(0.1, 1.5), WideComponent(0.0)])
+@pytest.mark.parametrize("wide", [None, WideCovering(0.1, 1.5), WideCovering(0.0)])
 def test_weights_at_draws_of_the_target_are_those_of_the_pool(wide):
     """``E_p[1/w] = 1/Z`` for exact draws of p, whatever the guide; the sign of R matters, and so does the mixture."""
     process = process_of(Denoiser(random_network(2, 0.05)))

@@ -651,8 +651,8 @@ def test_one_particle_and_many_have_the_same_mean():
     few, many = FisherDivergence(1), FisherDivergence(4000)
     ones = torch.tensor([few.loss(model, guide, Y) for _ in range(300)])
     assert abs(ones.mean() - many.loss(model, guide, Y)) < 5 * ones.std() / math.sqrt(280)
-    assert many.evaluations.density == 4000 + 16  # the check of the second derivatives
-    assert many.evaluations.gradient == 4000
+    assert many.evaluations.values == 4000 + 16  # the check of the second derivatives
+    assert many.evaluations.scores == 4000
 
 
 def test_gamma_site_trains_in_latent_space_only():

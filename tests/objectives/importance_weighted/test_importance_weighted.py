@@ -22,7 +22,7 @@ from pyro_sm import (
     ModelRefusedError,
     PathWeights,
     PyroSMWarning,
-    WideComponent,
+    WideCovering,
 )
 from pyro_sm.base import DiffusionGuide
 from pyro_sm.diffusion.noise_range import NoiseRange
@@ -166,12 +166,12 @@ def test_held_out_data_are_looked_at_with_their_own_draws():
     svi.step(DATA)
     svi.step(DATA)
     evaluations = guide.density(hierarchy, (DATA,), {}).evaluations
-    assert evaluations.density == 64
+    assert evaluations.values == 64
     objective.loss(hierarchy, guide, DATA + 3)
-    assert evaluations.density == 128
+    assert evaluations.values == 128
     objective.loss(hierarchy, guide, DATA)
     svi.step(DATA)
-    assert evaluations.density == 128
+    assert evaluations.values == 128
     assert len(objective.history) == 1
     assert objective.state.steps == 3
 
@@ -189,8 +189,8 @@ def test_evaluations_are_counted_exactly(weighting):
         svi.step(DATA)
         rounds = -(-step // 5)
         evaluations = guide.density(hierarchy, (DATA,), {}).evaluations
-        assert evaluations.density == 64 * rounds + inner * step
-        assert evaluations.gradient == scored * rounds + inner * step
+        assert evaluations.values == 64 * rounds + inner * step
+        assert evaluations.scores == scored * rounds + inner * step
         assert len(objective.history) == rounds
     assert [info.density_evaluations for info in objective.history] == [64, 128 + 5 * inner, 192 + 10 * inner]
     gradients = [scored, 2 * scored + 5 * inner, 3 * scored + 10 * inner]
@@ -202,9 +202,9 @@ def test_evaluations_are_counted_exactly(weighting):
 def test_the_wide_component_is_part_of_the_count():
     for share in (0.0, 0.1, 0.5):
         pyro.clear_param_store()
-        svi, guide, objective = make_svi(wide=WideComponent(share=share))
+        svi, guide, objective = make_svi(covering=WideCovering(share=share))
         svi.step(DATA)
-        assert guide.density(hierarchy, (DATA,), {}).evaluations.density == 64
+        assert guide.density(hierarchy, (DATA,), {}).evaluations.values == 64
         (only,) = objective.state.buffer.rounds
         assert only.num_guide == 64 - round(64 * share)
 
@@ -346,7 +346,7 @@ def test_another_guide_begins_afresh():
     assert len(objective.history) == 1
     assert objective.history[0].density_evaluations == 64 + 64  # the look, and the round
     assert objective.state.steps == 1
-    assert guide.density(hierarchy, (DATA,), {}).evaluations.density == 128
+    assert guide.density(hierarchy, (DATA,), {}).evaluations.values == 128
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -379,14 +379,14 @@ def test_refused_models():
 
 @both
 def test_no_draw_with_a_finite_density(weighting):
-    """The model's support lies where neither the guide nor its wide component draws."""
+    """The model's support lies where neither the guide nor its covering component draws."""
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 10.0))
         pyro.factor("support", torch.where(x > -5.0, 0.0, -math.inf))
 
     guide = make_guide(model, base=GivenBase(-60.0, 1.0))
-    svi, _, _ = make_svi(guide, model, weighting=weighting, wide=WideComponent())
+    svi, _, _ = make_svi(guide, model, weighting=weighting, covering=WideCovering())
     with pytest.raises(ValueError, match=r"none of 64 draws has a finite density.*Give a base"):
         svi.step()
 

@@ -12,7 +12,7 @@ import torch
 from pyro_sm import AutoDiffusion, DiffusionSampler, GivenBase, ImportanceWeightedScoreMatching, StoppingRule
 from pyro_sm.base import Draws
 from pyro_sm.density import FunctionDensity
-from pyro_sm.diffusion.covering import WideComponent, draw_defensively
+from pyro_sm.diffusion.covering import WideCovering, draw_with_covering
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.objectives import MarginalWeights, PathWeights
@@ -64,10 +64,10 @@ def test_exchange_and_moves_keep_the_target():
     torch.manual_seed(0)
     density, particles = particles_at(exact(8000))
     # A large share of a lopsided component: weights that forget it would favour one of the modes.
-    population, process, wide = settings(8000), untrained(), WideComponent(share=0.6, scale=0.4)
+    population, process, wide = settings(8000), untrained(), WideCovering(share=0.6, scale=0.4)
     rates = []
     for _ in range(6):
-        draws, num_guide = draw_defensively(process, density, wide, 8000)
+        draws, num_guide = draw_with_covering(process, density, wide, 8000)
         particles, rate = population.exchanged(particles, draws, process, density, wide, 1 - num_guide / 8000)
         particles = population.moved(particles, density)
         rates.append(rate)
@@ -87,11 +87,11 @@ def test_exchange_repairs_the_shares_of_modes_and_taking_everything_does_not():
     torch.manual_seed(1)
     wrong = exact(4000)
     wrong[:, 0] = wrong[:, 0].abs() * torch.where(torch.rand(4000) < 0.7, -1.0, 1.0)
-    population, process, wide = settings(4000), untrained(), WideComponent()
+    population, process, wide = settings(4000), untrained(), WideCovering()
     density, particles = particles_at(wrong)
     careless = particles
     for _ in range(20):
-        draws, num_guide = draw_defensively(process, density, wide, 4000)
+        draws, num_guide = draw_with_covering(process, density, wide, 4000)
         share = 1 - num_guide / 4000
         particles, _ = population.exchanged(particles, draws, process, density, wide, share)
         flat = draws._replace(log_weight=torch.full_like(draws.log_weight, math.inf))
@@ -111,7 +111,7 @@ def test_seeds_are_draws_of_the_target_and_counted():
         [(0, 1), (1, 0)],
     )
     assert abs(float((particles.z[:, 0] < 0).float().mean()) - LEFT) < 0.08
-    assert density.evaluations.density >= 4000 * 3
+    assert density.evaluations.values >= 4000 * 3
     assert torch.allclose(density.log_prob(particles.z), particles.log_p, atol=1e-5)
 
 

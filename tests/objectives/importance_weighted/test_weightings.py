@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 from pyro_sm.base import Draws
 from pyro_sm.density import FunctionDensity, value_and_score
-from pyro_sm.diffusion.covering import WideComponent
+from pyro_sm.diffusion.covering import WideCovering
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.diffusion.kernels import gaussian_kernels
@@ -224,11 +224,11 @@ def test_path_weights_pick_by_weight_and_denoise():
     buffer = small_buffer(process)
     step = draw_step_noise(levels(), 50, 2, PathWeights().num_inner)
     density = density_of(process, two_modes())
-    found = PathWeights().loss(process, density, WideComponent(), buffer, step)
+    found = PathWeights().loss(process, density, WideCovering(), buffer, step)
     index = buffer.pick(buffer.weights(), step.pick)
     u = process.to_white(buffer.latents()[index])
     torch.testing.assert_close(found, denoising_loss(process, u, step.level, step.noise), **exact)
-    assert density.evaluations.density == 0
+    assert density.evaluations.values == 0
     assert PathWeights().num_inner == 0
     # Stratified picks: every draw within one of its share of 50.
     counts = torch.bincount(index, minlength=len(buffer.weights()))
@@ -245,7 +245,7 @@ def test_marginal_estimate_by_hand():
     y, inner = normal(5, 2), normal(4, 5, 2)
     r = torch.linspace(0.3, 2.0, 5, dtype=torch.float64)
     found = marginal_estimate(process, density, y, r, inner)
-    assert (density.evaluations.density, density.evaluations.gradient) == (20, 20)
+    assert (density.evaluations.values, density.evaluations.scores) == (20, 20)
     for b in range(5):
         values, scores = value_and_score(law.log_prob, torch.stack([y[b] + r[b] * inner[k, b] for k in range(4)]))
         expected = math.log(sum(math.exp(float(v)) for v in values) / 4) + 0.8
@@ -358,7 +358,7 @@ def mixture_log_prob(y, r, u, share, scale):
 def test_noised_buffer_against_torch(share, size):
     u, y = normal(size, 2), 1.5 * normal(8, 2)
     r = torch.linspace(0.3, 4.0, 8, dtype=torch.float64)
-    found = noised_buffer_log_prob(y, r, u, WideComponent(share, 1.7))
+    found = noised_buffer_log_prob(y, r, u, WideCovering(share, 1.7))
     torch.testing.assert_close(found, mixture_log_prob(y, r, u, share, 1.7), rtol=1e-9, atol=1e-9)
 
 
@@ -366,7 +366,7 @@ def test_noised_buffer_integrates_to_one():
     axis = torch.linspace(-14, 14, 141, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     r = torch.full((len(grid),), 0.8, dtype=torch.float64)
-    log_p = noised_buffer_log_prob(grid, r, normal(7, 2), WideComponent(0.3, 1.6))
+    log_p = noised_buffer_log_prob(grid, r, normal(7, 2), WideCovering(0.3, 1.6))
     assert float(log_p.exp().sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=1e-6)
 
 
@@ -376,7 +376,7 @@ def test_noised_buffer_keeps_its_digits_in_float32():
     r = torch.full((400,), 0.002, dtype=torch.float64)
     u = u.float().double()
     y = (u + 0.002 * normal(400, 2)).float().double()
-    wide = WideComponent(0.1, 1.5)
+    wide = WideCovering(0.1, 1.5)
     expected = noised_buffer_log_prob(y, r, u, wide)
     found = noised_buffer_log_prob(y.float(), r.float(), u.float(), wide)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-2)
@@ -393,11 +393,11 @@ def test_marginal_loss_by_hand(share):
     process = process_of(Denoiser(random_network(2)))
     buffer = small_buffer(process)
     weighting = MarginalWeights(num_inner=3)
-    wide = WideComponent(share, 1.6)
+    wide = WideCovering(share, 1.6)
     step = draw_step_noise(levels(), 12, 2, weighting.num_inner)
     density = density_of(process, law, log_z=0.4)
     found = weighting.loss(process, density, wide, buffer, step)
-    assert density.evaluations.gradient == 36
+    assert density.evaluations.scores == 36
 
     latents = buffer.latents()
     own = process.to_white(torch.cat([latents[:6], latents[8:17]]))  # without the wide draws of either round
@@ -432,11 +432,11 @@ def test_rows_without_weight_teach_nothing_however_steep_the_density(steepness):
     torch.manual_seed(0)
     buffer = Buffer((Round(Draws(torch.randn(64, 2), torch.zeros(64), torch.zeros(64)), torch.ones(64), 1.0, 64),))
     step = draw_step_noise(ratios, 256, 2, 3)
-    rows = MarginalWeights(3).loss(process, FunctionDensity(walled, 2), WideComponent(0.1), buffer, step)
+    rows = MarginalWeights(3).loss(process, FunctionDensity(walled, 2), WideCovering(0.1), buffer, step)
     assert bool(torch.isfinite(rows).all())
     assert float(rows.abs().max()) < 1e4
     seen = MarginalWeights(3).loss(
-        process, FunctionDensity(lambda z: walled(z).clamp(min=-1e4), 2), WideComponent(0.1), buffer, step
+        process, FunctionDensity(lambda z: walled(z).clamp(min=-1e4), 2), WideCovering(0.1), buffer, step
     )
     torch.testing.assert_close(rows, seen, rtol=1e-4, atol=1e-4)
 
@@ -446,7 +446,7 @@ def test_marginal_weights_do_not_depend_on_the_evidence():
     buffer = small_buffer(process)
     step = draw_step_noise(levels(), 12, 2, 4)
     one, other = (
-        MarginalWeights(4).loss(process, density_of(process, two_modes(), z), WideComponent(), buffer, step)
+        MarginalWeights(4).loss(process, density_of(process, two_modes(), z), WideCovering(), buffer, step)
         for z in (0.0, -700.0)
     )
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
@@ -459,7 +459,7 @@ def test_the_exact_score_minimises_the_marginal_loss():
     theta = torch.zeros(n, 4, 3, dtype=torch.float64, requires_grad=True)
     process = process_of(Denoiser(Tilted(law.network, theta)))
     density = density_of(process, law)
-    wide = WideComponent(0.3, 1.5)
+    wide = WideCovering(0.3, 1.5)
     own = law.sample(40)
     step = draw_step_noise(levels(), n, 2, 4)
     # Rows from the very mixture that is the denominator; levels large enough for four inner draws.
@@ -486,7 +486,7 @@ def test_many_kernels_are_thinned():
     process = process_of(Denoiser(random_network(2)))
     buffer = small_buffer(process, num_guide=(30, 31), num_wide=0)
     step = draw_step_noise(levels(), 12, 2, 2)
-    density, wide = density_of(process, two_modes()), WideComponent(0.0)
+    density, wide = density_of(process, two_modes()), WideCovering(0.0)
     found = MarginalWeights(2, max_kernels=20).loss(process, density, wide, buffer, step)
     # 61 draws, at most 20 of them: every fourth.
     thin = Buffer((Round(Draws(*(x[::4] for x in (buffer.latents(),) * 3)), torch.ones(16), 1.0, 16),))
@@ -511,7 +511,7 @@ def test_a_batch_without_a_finite_density_is_an_error():
     density = FunctionDensity(lambda z: z.sum(-1) * math.nan, 2, dtype=torch.float64)
     step = draw_step_noise(levels(), 6, 2, 2)
     with pytest.raises(ValueError, match="no inner draw has a finite density"):
-        MarginalWeights(2).loss(process, density, WideComponent(), small_buffer(process), step)
+        MarginalWeights(2).loss(process, density, WideCovering(), small_buffer(process), step)
 
 
 @pytest.mark.parametrize(("num_inner", "max_kernels"), [(0, 5), (-1, 5), (5, 0)])
@@ -527,7 +527,7 @@ def test_only_the_network_is_trained():
     for weighting in (PathWeights(), MarginalWeights(2)):
         step = draw_step_noise(levels(), 6, 2, weighting.num_inner)
         assert isinstance(step, StepNoise)
-        loss = weighting.loss(process, density_of(process, two_modes()), WideComponent(), buffer, step)
+        loss = weighting.loss(process, density_of(process, two_modes()), WideCovering(), buffer, step)
         assert loss.shape == (6,)
         assert loss.dtype == torch.float64
         grads = torch.autograd.grad(loss.mean(), list(network.parameters()))
