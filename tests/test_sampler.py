@@ -714,7 +714,7 @@ def test_discrete_latents():
 
 
 def test_float64(float64):
-    sampler = trained(DATA.double(), guide={"noise": NoiseRange(0.01, 4.0)})
+    sampler = trained(DATA.double(), guide={"levels": NoiseRange(0.01, 4.0)})
     assert {value.dtype for value in sampler.get_samples(10).values()} == {torch.float64}
     assert sampler.guide.base_loc_unconstrained.dtype == torch.float64
 

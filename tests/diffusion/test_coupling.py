@@ -13,8 +13,8 @@ from oracles import Mixture, random_network, zero_network
 from torch.distributions import MultivariateNormal
 
 from pyro_sm import AutoDiffusion, GivenBase
-from pyro_sm import coupling as coupling_module
 from pyro_sm.density import FunctionDensity, value_and_score
+from pyro_sm.diffusion import coupling as coupling_module
 from pyro_sm.diffusion.coupling import (
     Coupling,
     _climbed,

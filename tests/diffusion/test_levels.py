@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from oracles import two_modes, zero_network
-from pyro_sm.sampling import diffusion
 from torch.distributions import Independent, Normal, kl_divergence
 
+from pyro_sm.diffusion import diffusion
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.diffusion.kernels import fit_kernels, gaussian_kernels, path_log_ratio
 from pyro_sm.diffusion.levels import cheapest_walk, fit_levels, step_costs

@@ -42,7 +42,7 @@ from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.diffusion.kernels import gaussian_kernels
 from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.nn.mlp import MLP
-from pyro_sm.objectives import score_matching
+from pyro_sm.objectives.importance_weighted import weightings
 from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round
 from pyro_sm.objectives.importance_weighted.weightings import PathWeights, draw_step_noise, lessons
 from pyro_sm.weights import effective_sample_size
@@ -249,7 +249,7 @@ def path_loss(buffer, tril, noise, weighting=None):
 
 def test_steps_on_one_buffer_share_what_is_made_of_it(monkeypatch):
     made = []
-    monkeypatch.setattr(score_matching, "lessons", lambda *a, **k: made.append(1) or lessons(*a, **k))
+    monkeypatch.setattr(weightings, "lessons", lambda *a, **k: made.append(1) or lessons(*a, **k))
     buffer, noise = quadrature_buffer(), draw_step_noise(correlated_process(TRIL).ratios, 40, 2, 0)
     first = path_loss(buffer, TRIL, noise)
     assert torch.equal(path_loss(buffer, TRIL, noise), first)

@@ -6,14 +6,14 @@ import copy
 import pyro
 import pytest
 import torch
-from oracles import NoiseEmbedding, random_network
+from oracles import random_network
 
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.divergence import Exact
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase
 from pyro_sm.nn import per_latent
-from pyro_sm.nn.mlp import MLP, level_features
+from pyro_sm.nn.mlp import MLP, NoiseEmbedding, level_features
 from pyro_sm.nn.per_latent import PerLatent
 from pyro_sm.targets import ManyWell
 

@@ -26,9 +26,9 @@ from pyro_sm.objectives import (
     SteinDiscrepancy,
     fit_flow,
 )
-from pyro_sm.objectives import score_estimation as se
 from pyro_sm.objectives.diffusion_matrices import along_flow, flow_matrix
 from pyro_sm.objectives.divergences.stein import stein_discrepancy
+from pyro_sm.objectives.energies import score_estimation as se
 from pyro_sm.stein import IMQ
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -8,10 +8,10 @@ import arviz as az
 import pytest
 import torch
 
-from pyro_sm.corrections import parallel as parallel_module
 from pyro_sm.density import FunctionDensity
 from pyro_sm.gaussians.gaussian import GaussianDensity
 from pyro_sm.smc import Bridge, HamiltonianMove, ParallelTempering, Power
+from pyro_sm.smc import parallel as parallel_module
 from pyro_sm.smc.mixing import effective_draws, split_rhat
 from pyro_sm.smc.parallel import equal_swaps, first_betas, swap_probability
 from pyro_sm.targets import UnequalModes

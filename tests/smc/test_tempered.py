@@ -8,11 +8,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sm.corrections import tempered as tempered_module
 from pyro_sm.density import FunctionDensity
 from pyro_sm.gaussians.gaussian import GaussianDensity
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.smc import Bridge, HamiltonianMove, Power, PriorStart, TemperedSMC
+from pyro_sm.smc import tempered as tempered_module
 from pyro_sm.smc.moves import Move
 from pyro_sm.smc.path import OnPath, width
 from pyro_sm.smc.tempered import genealogical_error

@@ -18,8 +18,8 @@ from pyro_sm.divergence import (
     rademacher,
     sphere,
 )
-from pyro_sm.objectives import score_estimation as se
 from pyro_sm.objectives.diffusion_matrices import constant_matrix
+from pyro_sm.objectives.energies import score_estimation as se
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
