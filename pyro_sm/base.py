@@ -17,7 +17,7 @@ Objectives and guides never import each other. An objective asks for a capabilit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -34,6 +34,26 @@ class ModelRefusedError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another model; the message says which."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a model, and so its guide, is called with: one value in the place of two.
+
+    ``args`` by position, ``kwargs`` by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """``function(*args, **kwargs)``."""
+        return function(*self.args, **self.kwargs)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """All of them, in order."""
+        return (*self.args, *self.kwargs.values())
 
 
 @dataclass
@@ -187,9 +207,26 @@ class DiffusionProcess(Protocol):
         ...
 
 
+class Bound(Protocol):
+    """A diffusion guide bound to a model on its data: what an objective works with."""
+
+    @property
+    def density(self) -> Density:
+        """The model's batched density on this data."""
+        ...
+
+    def diffusion(self) -> DiffusionProcess:
+        """The sampler with the current parameters, which it fetches from Pyro once."""
+        ...
+
+
 @runtime_checkable
 class DiffusionGuide(Protocol):
     """A guide that is a diffusion sampler with a denoiser to train, such as AutoDiffusion."""
+
+    def bind(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:
+        """Inspect the model and create the parameters, if that has not happened yet; its density is kept."""
+        ...
 
     def setup(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Inspect the model and create the parameters, if that has not happened yet."""

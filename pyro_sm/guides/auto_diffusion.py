@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyro_sm.base import Density, Draws, ModelRefusedError, PyroSMWarning
+from pyro_sm.base import Arguments, Density, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.diffusion.anchor import Anchor, fit_anchor
 from pyro_sm.diffusion.coupling import Coupling, entropy, fit_coupling, refit_coupling
 from pyro_sm.diffusion.covering import Covering, default_covering, draw_with_covering
@@ -50,6 +50,7 @@ from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.diffusion.tails import HeavyTails
 from pyro_sm.gaussians.gaussian import fits, moments_of
 from pyro_sm.guides.bases import Base, PriorBase
+from pyro_sm.guides.bound import BoundDiffusion
 from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.model.cache import Cache, bound_density
 from pyro_sm.model.density import ModelDensity
@@ -339,6 +340,15 @@ class AutoDiffusion(AutoContinuous):
             self.attach(model)
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+
+    def bind(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> BoundDiffusion:
+        """The guide with the model's density on these arguments; sets the guide up, if that has not happened yet.
+
+        Raises:
+            ModelRefusedError: the model cannot be evaluated in batches, or the data change its latents.
+        """
+        self.setup(model, args, kwargs)
+        return BoundDiffusion(self, self.density(model, args, kwargs), Arguments(args, kwargs))
 
     # -- the diffusion behind the guide ------------------------------------------------------------------------
 
