@@ -206,6 +206,23 @@ class DiffusionProcess(Protocol):
         """Error, log variance and target, each (B, D), of the denoiser at noised points; see ``denoiser.py``."""
         ...
 
+    def is_trained(self, z: Tensor) -> bool:
+        """Whether the network says anything at latents (N, D): before training it does not."""
+        ...
+
+    def refitted(self, z: Tensor) -> DiffusionProcess:
+        """What is fitted by moments (kernel variances, start) refitted to equally weighted latents (N, D)."""
+        ...
+
+    def moved_to(self, z: Tensor, group: Tensor | None = None) -> DiffusionProcess:
+        """The base moved to equally weighted latents (N, D); ``group`` (N,): the mode of each, if that is known."""
+        ...
+
+    def straightened(self, z: Tensor, *, begin: bool = True) -> DiffusionProcess | None:
+        """In coordinates in which no latent drives the scale of another, if equally weighted latents (N, D) show that
+        some do; None where nothing is to be changed. ``begin``: not only if such coordinates are in use."""
+        ...
+
 
 class Bound(Protocol):
     """A diffusion guide bound to a model on its data: what an objective works with."""
@@ -219,41 +236,17 @@ class Bound(Protocol):
         """The sampler with the current parameters, which it fetches from Pyro once."""
         ...
 
+    def adapt(self, process: DiffusionProcess) -> None:
+        """Let the guide take over a sampler that was fitted to draws."""
+        ...
+
 
 @runtime_checkable
 class DiffusionGuide(Protocol):
     """A guide that is a diffusion sampler with a denoiser to train, such as AutoDiffusion."""
 
     def bind(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Bound:
-        """Inspect the model and create the parameters, if that has not happened yet; its density is kept."""
-        ...
-
-    def setup(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Inspect the model and create the parameters, if that has not happened yet."""
-        ...
-
-    def density(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Density:
-        """The model's batched density on this data, cached while model and data stay the same."""
-        ...
-
-    def diffusion(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DiffusionProcess:
-        """The sampler with the current parameters, which it fetches from Pyro once."""
-        ...
-
-    def refit(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refit what is fitted by moments (kernel variances, start) to equally weighted latents (N, D)."""
-        ...
-
-    def rebase(self, z: Tensor, group: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Move the base to equally weighted latents (N, D), unless the guide is trained; whether that was done.
-
-        ``group`` (N,): which mode each belongs to, if that is known.
-        """
-        ...
-
-    def straighten(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], *, begin: bool) -> bool:
-        """Change to coordinates in which no latent drives the scale of another, if equally weighted latents (N, D)
-        show that some do; whether anything was changed. ``begin``: not only if some such coordinates are in use."""
+        """The guide on this model and data; the model is inspected and parameters are created at the first call."""
         ...
 
 

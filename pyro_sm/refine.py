@@ -37,7 +37,7 @@ from pyro_sm.corrections import Correction, ImportanceResampling, NoCorrection
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
 from pyro_sm.diagnostics.verdict.verdict import Findings, Verdict, judge
-from pyro_sm.guides.auto_diffusion import init_to_median_or_origin
+from pyro_sm.guides.prototype import init_to_median_or_origin
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.trace import isolated_rng
 from pyro_sm.smc.mixture_start import around_draws, damped_covariance

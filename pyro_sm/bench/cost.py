@@ -21,6 +21,7 @@ import torch
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
 
+from pyro_sm.base import Arguments
 from pyro_sm.bench.batching_models import eight_schools, hierarchical_logistic
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.guides import AutoDiffusion, GivenBase, PriorBase
@@ -115,8 +116,8 @@ def measure(name: str, num_draws: int, *, repeats: int = 7, num_steps: int = 48,
     pyro.clear_param_store()
     guide = problem.guide(num_steps)
     step, batch_size = _training_step(problem, guide, repeats)
-    density = guide.density(model, args, {})
-    process = guide.diffusion(args, {})
+    bound = guide.bind(model, *args)
+    density, process = bound.density, bound.diffusion()
     with torch.no_grad():
         z, _ = process.draw(num_draws)
         row = Row(
@@ -144,13 +145,13 @@ def _compiled(problem: Problem, num_draws: int, repeats: int, num_steps: int) ->
     guide = problem.guide(num_steps, compile=True)
     guide(*problem.args)  # sets it up
     started = time.perf_counter()
-    network, rows = guide.diffusion(problem.args).denoiser.network, 1024
+    network, rows = guide.diffusion(Arguments(problem.args)).denoiser.network, 1024
     for levels, learns in ((rows, True), (1, False)):  # those of a training step, and of draws
         with torch.set_grad_enabled(learns):
             network(torch.zeros(rows, guide.latent_dim), torch.zeros(levels), None)
     seconds = time.perf_counter() - started
     step, batch_size = _training_step(problem, guide, repeats)
-    process = guide.diffusion(problem.args)
+    process = guide.diffusion(Arguments(problem.args))
     with torch.no_grad():
         draw = _fastest(lambda: process.draw(num_draws), repeats)
     pyro.clear_param_store()

@@ -86,9 +86,8 @@ class PathLogVariance(ELBO):
     def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The variance of one batch, nats²."""
         diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
-        diffusion_guide.setup(model, args, kwargs)
-        density = diffusion_guide.density(model, args, kwargs)
-        process = diffusion_guide.diffusion(args, kwargs)
+        bound = diffusion_guide.bind(model, *args, **kwargs)
+        density, process = bound.density, bound.diffusion()
         with torch.no_grad(), poutine.block():
             z, _ = process.draw(self.num_particles)
             log_p = density.log_prob(z)

@@ -25,7 +25,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_sm.base import Density, DiffusionGuide, Draws, PathGuide
+from pyro_sm.base import Arguments, Density, DiffusionGuide, Draws, PathGuide
 from pyro_sm.diffusion.covering import default_covering, process_log_weight
 from pyro_sm.model.density import ModelDensity
 
@@ -160,7 +160,7 @@ def guide_log_weight(
     """
     kwargs = dict(kwargs or {})
     if isinstance(guide, DiffusionGuide):
-        process = guide.diffusion(tuple(args), kwargs)
+        process = guide.diffusion(Arguments(tuple(args), kwargs))
         return process_log_weight(process, density, default_covering(density), z, log_p)
     if isinstance(guide, PathGuide):
         return log_p - guide.latent_log_prob(z, tuple(args), kwargs)

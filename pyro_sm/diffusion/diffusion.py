@@ -4,27 +4,37 @@ r"""A diffusion sampler in latent space: Gaussian base, denoiser and kernels tog
 Latents ``z = m + L u`` are whitened by the base ``N(m, L Lᵀ)``; everything else happens in ``u``. Where latents drive
 the scales of others, a coupling bends what the base gives: ``z = T(m + L u)`` (``pyro_sm/coupling.py``). Log ratios
 and densities are handed out for ``z``, so ``log|det ∂z/∂u|`` is already in them: ``log w = log p̃(z) + R``.
+
+A sampler is a value. What training changes beside the network is fitted to weighted draws by methods that return
+another one (:meth:`Diffusion.refitted`, :meth:`Diffusion.moved_to`, :meth:`Diffusion.straightened`); whoever holds
+the parameters takes it over.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from pyro_sm.diffusion.coupling import Coupling
+from pyro_sm.diffusion.anchor import fit_anchor
+from pyro_sm.diffusion.coupling import Coupling, entropy, fit_coupling, refit_coupling
 from pyro_sm.diffusion.denoiser import Denoiser, Regression
 from pyro_sm.diffusion.flow import FlowSolver, ProbabilityFlow
-from pyro_sm.diffusion.kernels import Kernels, fit_kernels, path_log_ratio, sample_paths
+from pyro_sm.diffusion.kernels import Kernels, fit_kernels, gaussian_kernels, path_log_ratio, sample_paths
 from pyro_sm.diffusion.levels import fit_levels
 from pyro_sm.diffusion.tails import HeavyTails
+from pyro_sm.gaussians.gaussian import fits, moments_of
 
 _LEVEL_DRAWS = 1024  # levels need fewer than moments do, and look at many more places
 _LEVEL_NUMBERS = 65_536  # and fewer yet of many latents: their costs are added up
 _ROUND_NUMBERS = 32_768  # that one variance for all latents rests on
 _ROUND_LEVEL_NUMBERS = 8_192  # and the choice of levels, where all latents are alike
 
+# Nats per draw that a coupling must save to take the place of one with the same drivers, and of one with others. The
+# first is several times the noise of some thousand draws; the second has to be worth another beginning.
+_BETTER_COUPLING, _OTHER_COUPLING = 0.1, 0.5
+_LOOKED_AT = 8  # points at which an untrained network is zero: one would do, but for a zero by chance
 _COVERING_DRAWS = 8192
 _FAR = 1e12  # in whitened space; of its square float32 still makes sums
 
@@ -41,6 +51,8 @@ class Diffusion:
         solver: for :meth:`log_prob`.
         heavy: tails of the kernels that paths are drawn with; None for Gaussian ones.
         coupling: ``T``; None for the identity.
+        isotropic: whether the network is the same in all directions, so that the base has to stay round.
+        begins_anew: whether the network has to begin anew, since coordinates have become others than it has learned.
     """
 
     denoiser: Denoiser
@@ -50,6 +62,8 @@ class Diffusion:
     solver: FlowSolver = field(default_factory=FlowSolver)
     heavy: HeavyTails | None = None
     coupling: Coupling | None = None
+    isotropic: bool = False
+    begins_anew: bool = False
 
     @property
     def dim(self) -> int:
@@ -149,3 +163,74 @@ class Diffusion:
         """``log q(z)`` (B,) in nats, by the probability flow; ``z``: (B, D)."""
         u = self.to_white(z)
         return self.flow().log_prob(u) - self.log_det(u)
+
+    # -- fitted to draws ---------------------------------------------------------------------------------------
+
+    def is_trained(self, z: Tensor) -> bool:
+        """Whether the network says anything at latents ``z`` (N, D): before training it is zero everywhere."""
+        level = torch.zeros(1, dtype=z.dtype, device=z.device)
+        return bool((self.denoiser.network(z[:_LOOKED_AT], level, self.denoiser.context) != 0).any())
+
+    def refitted(self, z: Tensor) -> Diffusion:
+        """With levels, variance factors and start refitted to equally weighted latents ``z`` (N, D)."""
+        return replace(self, kernels=self.fit(z, isotropic=self.isotropic and self.is_round()))
+
+    def moved_to(self, z: Tensor, group: Tensor | None = None) -> Diffusion:
+        """With a base that has the moments of equally weighted latents ``z`` (N, D); for a network that has not
+        learned.
+
+        A base that is good enough for them stays. Where they show a funnel, it is straightened first
+        (:meth:`straightened`). Else, with a ``group`` (N,) for each of them, a mixture of normal laws at the groups
+        becomes the anchor. The network's input and output are relative to all of these: what it has learned would
+        mean something else.
+        """
+        coupling = fit_coupling(z) if self._may_couple() else None
+        moved = self
+        if coupling is not None or not fits(self.to_white(z)):
+            moved = self._on_base_of(z, coupling)
+        # A funnel has as many modes as its neck has corners, and they mean nothing.
+        anchored = group is not None and coupling is None and not self.isotropic
+        anchor = fit_anchor(moved.to_white(z), group) if anchored and group is not None else None
+        return replace(moved, denoiser=replace(moved.denoiser, anchor=anchor))
+
+    def straightened(self, z: Tensor, *, begin: bool = True) -> Diffusion | None:
+        """With coordinates that straighten what equally weighted latents ``z`` (N, D) show to be a funnel, or None.
+
+        They show one where some of them drive the scales of others (:mod:`pyro_sm.diffusion.coupling`), by so much
+        that a Gaussian loses half a nat a draw by it. What the network has learned is then lost: it was about other
+        coordinates. A coupling that is in use follows the draws; the network is then kept, being nearly right.
+
+        Args:
+            z: the latents.
+            begin: whether to do so where no coupling is in use, or one with other drivers.
+
+        Returns:
+            None where nothing is worth a change.
+        """
+        held = self.coupling
+        if not self._may_couple() or self.denoiser.anchor is not None or (held is None and not begin):
+            return None
+        found = fit_coupling(z) if begin else None
+        if held is not None:
+            followed = refit_coupling(z, held)
+            if found is None or not entropy(z, found) < entropy(z, followed) - _OTHER_COUPLING:
+                return self._followed(z, held, followed)
+        return None if found is None else replace(self._on_base_of(z, found), begins_anew=True)
+
+    def _may_couple(self) -> bool:
+        """Not where a base has to be round, nor where one network serves many data sets: each has its own funnel."""
+        return not self.isotropic and self.denoiser.context is None
+
+    def _followed(self, z: Tensor, held: Coupling, followed: Coupling) -> Diffusion | None:
+        """With the coupling that has ``followed`` the draws, if it is better; the base stays, if it fits."""
+        if not entropy(z, followed) < entropy(z, held) - _BETTER_COUPLING:
+            return None
+        process = replace(self, coupling=followed)
+        return process if fits(process.to_white(z)) else self._on_base_of(z, followed)
+
+    def _on_base_of(self, z: Tensor, coupling: Coupling | None) -> Diffusion:
+        """With the base at the moments of latents ``z`` (N, D), straightened; kernels as at first."""
+        straight = z if coupling is None else coupling.straighten(z)
+        loc, scale_tril = moments_of(straight, isotropic=self.isotropic)
+        kernels = gaussian_kernels(self.ratios, len(loc))
+        return replace(self, base_loc=loc, base_scale_tril=scale_tril, kernels=kernels, coupling=coupling)

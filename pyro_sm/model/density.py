@@ -507,6 +507,12 @@ class ModelDensity:
             other._compiled = CompiledScores()
         return other
 
+    def counted_apart(self, evaluations: Evaluations) -> ModelDensity:
+        """The same density, counting on ``evaluations`` from now on."""
+        other = copy.copy(self)
+        other.evaluations = evaluations
+        return other
+
     # ---------------------------------------------------------------------------------------- construction
 
     def _score_reference(self, z: Tensor) -> tuple[Tensor, Tensor]:

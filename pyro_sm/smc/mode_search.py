@@ -72,7 +72,7 @@ def uphill(gradient: Tensor, steps: list[_Step]) -> Tensor:
 
 
 def ascended(
-    density: Density, z: Tensor, scale: Tensor, num_steps: int, progress: Callable[[], None] | None = None
+    density: Density, z: Tensor, scale: Tensor, num_steps: int, go_on: Callable[[], bool] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Where at most ``num_steps`` evaluations uphill from ``z`` (N, D) lead: ``z`` and ``log p̃`` (N,), nats.
 
@@ -84,7 +84,7 @@ def ascended(
         z: where to begin.
         scale: (D,), the units of ``z``.
         num_steps: at most so many.
-        progress: called after every step.
+        go_on: called after every step; where it returns False the ascents end there.
     """
     log_p, score = density.log_prob_and_score(z)
     log_p = torch.nan_to_num(log_p, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
@@ -106,8 +106,8 @@ def ascended(
         gradient = torch.where(keep, new_score * scale, gradient)
         length = torch.where(better, 1.0, length / 4)
         direction = torch.where(keep, uphill(gradient, steps), direction)
-        if progress is not None:
-            progress()
+        if go_on is not None and not go_on():
+            break
         arrived = length * (direction * gradient).sum(-1) < _ARRIVED
         if float(arrived.double().mean()) >= 0.95:
             break
@@ -185,15 +185,32 @@ class ModeSearch:
             raise ValueError(f"expected min_effective_share in [0, 1], found {self.min_effective_share}")
 
     def run(self, density: Density, start: Start, *, progress: Callable[[], None] | None = None) -> Start:
-        """The start that :meth:`find` finds."""
-        return self.find(density, start, progress=progress).start
+        """The start that :meth:`find` finds; ``progress`` is called after every step of the ascents, and every
+        mode's.
+        """
+
+        def go_on() -> bool:
+            if progress is not None:
+                progress()
+            return True
+
+        found = self.find(density, start, go_on=go_on)
+        return start if found is None else found.start
 
     @torch.no_grad()
-    def find(self, density: Density, start: Start, *, progress: Callable[[], None] | None = None) -> Search:
+    def find(self, density: Density, start: Start, *, go_on: Callable[[], bool] | None = None) -> Search | None:
         """``b'`` and the modes; with ``start`` as it is if there are too many modes, none, or ``b'`` does not fit.
 
-        ``progress`` is called after every step of the ascents and every mode.
+        ``go_on`` is called after every step of the ascents and every mode; where it returns False the search ends
+        there, and None is returned.
         """
+        stopped = False
+
+        def goes_on() -> bool:
+            nonlocal stopped
+            stopped = stopped or (go_on is not None and not go_on())
+            return not stopped
+
         if density.dim > self.max_dim:
             return Search(start, None)
         z = start.sample(self.num_ascents)
@@ -201,7 +218,10 @@ class ModeSearch:
         spread = ((three - quarter) / _NORMAL_IQR).to(z)
         scale = torch.where(torch.isfinite(spread) & (spread > 0), spread, 1.0)
         begin = loc.to(z) + self.widening * (z - loc.to(z))
-        modes = self._merged(density, *ascended(density, begin, scale, self.max_steps, progress), scale, progress)
+        ends = ascended(density, begin, scale, self.max_steps, goes_on)
+        modes = None if stopped else self._merged(density, *ends, scale, goes_on)
+        if stopped:
+            return None
         if modes is None:
             return Search(start, None)
         mixture = MixtureStart(start, modes, self.start_share)
@@ -212,7 +232,7 @@ class ModeSearch:
         return Search(mixture if fits else start, modes)
 
     def _merged(
-        self, density: Density, z: Tensor, log_p: Tensor, scale: Tensor, progress: Callable[[], None] | None
+        self, density: Density, z: Tensor, log_p: Tensor, scale: Tensor, goes_on: Callable[[], bool]
     ) -> NormalLaws | None:
         """The modes among end points ``z`` (N, D) with ``log_p`` (N,); None if there are too many, or none."""
         left = torch.isfinite(log_p)
@@ -223,8 +243,8 @@ class ModeSearch:
             best = int(torch.where(left, log_p, -math.inf).argmax())
             left[best] = False
             curvature = curvature_at(density, z[best], scale)
-            if progress is not None:
-                progress()
+            if not goes_on():
+                return None
             if curvature is None or curvature.gain > _STILL_CLIMBING:
                 continue
             precision = curvature.precision

@@ -70,6 +70,29 @@ class TemperedParticles(NamedTuple):
     history: tuple[Temperature, ...]
 
 
+class TemperedState(NamedTuple):
+    """What the next temperature needs.
+
+    ``points``: the particles with start and density at them. ``ancestor`` (N,): the first particle that each descends
+    from. ``step_size`` (): of the moves. ``beta``, ``log_evidence``, ``error``: reached so far; ``crossing``: whether
+    particles still exchange latents; ``history``: one entry per temperature.
+    """
+
+    points: Points
+    ancestor: Tensor
+    step_size: Tensor
+    beta: float
+    log_evidence: float
+    error: float
+    crossing: bool
+    history: tuple[Temperature, ...]
+
+    def particles(self) -> TemperedParticles:
+        """The particles as a result; draws of the density once β = 1."""
+        points = self.points
+        return TemperedParticles(points.z, points.log_p, points.score_p, self.log_evidence, self.error, self.history)
+
+
 def genealogical_error(log_w: Tensor, ancestor: Tensor) -> float:
     """``√((Σ_e W_e² − 1/N) N/(N−1))``, the relative standard error of ``Ẑ``; ``inf`` if one line is left.
 
@@ -116,6 +139,51 @@ class TemperedSMC:
             raise ValueError(f"expected effective_share in (0, 1), found {self.effective_share}")
 
     @torch.no_grad()
+    def begin(self, density: Density, start: Start) -> TemperedState:
+        """Particles of the ``start``, at β = 0."""
+        points = Bridge().points(start, density, start.sample(self.num_particles))
+        ancestor = torch.arange(self.num_particles, device=points.z.device)
+        step_size = torch.ones((), dtype=points.z.dtype, device=points.z.device)
+        crossing = self.crossover is not None and self.crossover.begins(*points.z.shape)
+        return TemperedState(points, ancestor, step_size, 0.0, 0.0, 0.0, crossing, ())
+
+    @torch.no_grad()
+    def step(self, density: Density, start: Start, state: TemperedState) -> TemperedState:
+        """One temperature farther: weigh, resample, move, exchange.
+
+        Raises:
+            ValueError: the density is finite at none of the particles, is ``+inf`` somewhere, or ``max_temperatures``
+                are spent.
+        """
+        if len(state.history) == self.max_temperatures:
+            raise ValueError(
+                f"β = {state.beta:.3g} after {len(state.history)} temperatures: start closer to the density"
+            )
+        path, n, points = Bridge(), self.num_particles, state.points
+        gain = _checked(path.gain(points))
+        increment = min(damping(gain, self.effective_share), 1 - state.beta)
+        # The last increment may fall short of 1 by rounding.
+        last = state.beta + increment > 1 - 1e-9
+        beta, increment = (1.0, 1 - state.beta) if last else (state.beta + increment, increment)
+        log_w = increment * gain.double()
+        log_evidence = state.log_evidence + float(log_mean_exp(log_w))
+        error = genealogical_error(log_w, state.ancestor)
+        on_path = OnPath(path, start, density, torch.full_like(points.log_p, beta))
+        share = torch.softmax(log_w, 0).to(points.z)
+        metric = fisher_metric(path.chains(points, on_path.beta).score, share)
+        index = resample(log_w, n)
+        points, ancestor = points.at(index), state.ancestor[index]
+        points, step_size, acceptance = self._moved(on_path, points, state.step_size, metric)
+        crossing = state.crossing
+        if crossing and self.crossover is not None:
+            exchange = self.crossover.apply(on_path, path.chains(points, on_path.beta))
+            points = on_path.last.where(exchange.accepted, points)
+            crossing = self.crossover.goes_on(exchange.acceptance.mean())
+        effective, lines = effective_sample_size(log_w) / n, len(ancestor.unique())
+        done = Temperature(beta, effective, acceptance, float(step_size), log_evidence, lines)
+        history = (*state.history, done)
+        return TemperedState(points, ancestor, step_size, beta, log_evidence, error, crossing, history)
+
     def run(
         self, density: Density, start: Start, *, progress: Callable[[Temperature], None] | None = None
     ) -> TemperedParticles:
@@ -125,38 +193,12 @@ class TemperedSMC:
             ValueError: the density is finite at none of the first particles, is ``+inf`` somewhere, or β = 1 is not
                 reached within ``max_temperatures``.
         """
-        path, n = Bridge(), self.num_particles
-        points = path.points(start, density, start.sample(n))
-        ancestor = torch.arange(n, device=points.z.device)
-        step_size = torch.ones((), dtype=points.z.dtype, device=points.z.device)
-        beta, log_evidence, error = 0.0, 0.0, 0.0
-        history: list[Temperature] = []
-        crossing = self.crossover is not None and self.crossover.begins(*points.z.shape)
-        while beta < 1:
-            if len(history) == self.max_temperatures:
-                raise ValueError(f"β = {beta:.3g} after {len(history)} temperatures: start closer to the density")
-            gain = _checked(path.gain(points))
-            increment = min(damping(gain, self.effective_share), 1 - beta)
-            # The last increment may fall short of 1 by rounding.
-            beta, increment = (1.0, 1 - beta) if beta + increment > 1 - 1e-9 else (beta + increment, increment)
-            log_w = increment * gain.double()
-            log_evidence += float(log_mean_exp(log_w))
-            error = genealogical_error(log_w, ancestor)
-            on_path = OnPath(path, start, density, torch.full_like(points.log_p, beta))
-            share = torch.softmax(log_w, 0).to(points.z)
-            metric = fisher_metric(path.chains(points, on_path.beta).score, share)
-            index = resample(log_w, n)
-            points, ancestor = points.at(index), ancestor[index]
-            points, step_size, acceptance = self._moved(on_path, points, step_size, metric)
-            if crossing and self.crossover is not None:
-                exchange = self.crossover.apply(on_path, path.chains(points, on_path.beta))
-                points = on_path.last.where(exchange.accepted, points)
-                crossing = self.crossover.goes_on(exchange.acceptance.mean())
-            effective, lines = effective_sample_size(log_w) / n, len(ancestor.unique())
-            history.append(Temperature(beta, effective, acceptance, float(step_size), log_evidence, lines))
+        state = self.begin(density, start)
+        while state.beta < 1:
+            state = self.step(density, start, state)
             if progress is not None:
-                progress(history[-1])
-        return TemperedParticles(points.z, points.log_p, points.score_p, log_evidence, error, tuple(history))
+                progress(state.history[-1])
+        return state.particles()
 
     def _moved(
         self, on_path: OnPath, points: Points, step_size: Tensor, metric: Metric

@@ -16,7 +16,7 @@ import torch
 
 from pyro_sm.base import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:

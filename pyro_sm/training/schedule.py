@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When training ends: the stopping rule, the learning-rate schedule that follows from it, and Ctrl-C.
+"""When training ends: the stopping rule, and the learning-rate schedule that follows from it, as pure functions.
 
 The learning rate is held until the run has converged or half its budget is spent, then goes linearly to zero.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import NamedTuple
 
 from pyro_sm.base import RoundInfo
+
+# A long run is annealed for a third of its rounds: a rate that falls faster than the network has learned loses ESS.
+_ANNEALED_SHARE = 3
 
 
 @dataclass(frozen=True)
@@ -61,23 +59,52 @@ class Schedule(NamedTuple):
     anneal_end: int = -1
     finished: bool = False
 
+    def after_round(self, stopping: StoppingRule, history: tuple[RoundInfo, ...], last: int) -> Schedule:
+        """Decide, once per round, whether to anneal; ``last``: the round at which the budget is spent."""
+        done = len(history)
+        last = max(last, done)
+        if self.anneal_start >= 0:
+            return self
+        if stopping.converged(history):
+            length = max(stopping.anneal_rounds, done // _ANNEALED_SHARE)
+            return Schedule(done, min(done + length, last))
+        if done >= (last + 1) // 2:
+            return Schedule(done, last)
+        return self
 
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted and acted upon between two steps; a second one interrupts at once."""
-    hit = False
+    def rate(self, rounds: float) -> float:
+        """The learning rate of the step to come, as a share of the first; ``rounds``: done, with the part of one."""
+        if self.anneal_start < 0:
+            return 1.0
+        return max(1 - (rounds - self.anneal_start) / (self.anneal_end - self.anneal_start + 1), 0.0)
 
-    def note(signum: int, frame: FrameType | None) -> None:
-        nonlocal hit
-        if hit:
-            raise KeyboardInterrupt
-        hit = True
+    def ends_at(self, last: int) -> int:
+        """The round after which training ends; ``last``: the one at which the budget is spent."""
+        return min(last, self.anneal_end) if self.anneal_start >= 0 else last
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: hit
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def reopened(self, stopping: StoppingRule, history: tuple[RoundInfo, ...], last: int) -> Schedule:
+        """Training goes on if it was the budget that ended it, and this has grown; ``last``: as above."""
+        # As it stood when annealing began: annealing itself lifts the effective sample size again.
+        ended_by_budget = not stopping.converged(history[: self.anneal_start])
+        return Schedule() if self.finished and ended_by_budget and self.anneal_end < last else self
+
+
+def last_round(
+    stopping: StoppingRule,
+    history: tuple[RoundInfo, ...],
+    *,
+    num_draws: int,
+    evaluations_per_round: int,
+    seeding: int,
+) -> int:
+    """The round at which the budget is spent; the base comes out of it, the seeding of a population on top.
+
+    Args:
+        stopping: the budget.
+        history: what the rounds have measured.
+        num_draws: of one round.
+        evaluations_per_round: of a round and the steps that follow it.
+        seeding: evaluations that a population's first particles took.
+    """
+    base = history[0].density_evaluations - num_draws - seeding if history else 0
+    return max((stopping.max_evaluations - base) // evaluations_per_round, 1)

@@ -283,7 +283,7 @@ class PathObjective(ELBO):
     ) -> Tensor:
         set_up(guide, model, args, kwargs)
         if isinstance(guide, DiffusionGuide):
-            density: Any = guide.density(model, args, kwargs)
+            density: Any = guide.bind(model, *args, **kwargs).density
         else:
             density = self._density(model, args, kwargs)
         with torch.enable_grad():

@@ -26,7 +26,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoLaplaceApproxima
 from pyro.nn.module import pyro_method
 from torch import Tensor
 
-from pyro_sm.base import DiffusionGuide, PathDraws, PathGuide
+from pyro_sm.base import Arguments, DiffusionGuide, PathDraws, PathGuide
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.pushforward import NoGaussianNoiseError, noise_shape, push
 
@@ -75,7 +75,7 @@ def set_up(guide: Any, model: Callable[..., Any], args: Args, kwargs: Kwargs) ->
             "AutoNormal (of a fitted Laplace approximation: guide.laplace_approximation(*args))"
         )
     if isinstance(guide, DiffusionGuide):
-        guide.setup(model, args, kwargs)
+        guide.bind(model, *args, **kwargs)
     elif getattr(guide, "prototype_trace", ...) is None:
         with torch.no_grad(), poutine.block():
             guide(*args, **kwargs)
@@ -152,7 +152,7 @@ def _continuous_path(guide: Any, posterior: Any) -> Path:
 
 
 def _diffusion_path(guide: Any, density: ModelDensity, args: Args, kwargs: Kwargs) -> Path:
-    process = guide.diffusion(args, kwargs)
+    process = guide.diffusion(Arguments(args, kwargs))
     transform = _flow_transform(guide, args, kwargs)
     base = dist.Normal(*process.flow().base()).to_event(1)
     posterior = dist.TransformedDistribution(base, [transform])

@@ -22,7 +22,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.base import DiffusionGuide, require
+from pyro_sm.base import Bound, DiffusionGuide, require
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
 from pyro_sm.objectives.importance_weighted.weightings import denoising_loss, draw_step_noise
@@ -135,15 +135,14 @@ class DrawsScoreMatching(GuideObjective):
 
     def _loss(self, model: Callable[..., Any], guide: Any, args: Args, kwargs: Kwargs, *, commit: bool) -> Tensor:
         diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
-        diffusion_guide.setup(model, args, kwargs)
+        bound = diffusion_guide.bind(model, *args, **kwargs)
         if self._data is None or self._data.guide is not guide:
-            density = diffusion_guide.density(model, args, kwargs)
-            assert isinstance(density, ModelDensity)
-            self._data, self._steps = self._split(guide, density), 0
+            assert isinstance(bound.density, ModelDensity)
+            self._data, self._steps = self._split(guide, bound.density), 0
         if commit and self._steps % self.refit_every == 0:
-            self.refit(diffusion_guide, args, kwargs)
+            self.refit(bound)
         part = self._data.training if commit else self._data.held_out
-        process = diffusion_guide.diffusion(args, kwargs)
+        process = bound.diffusion()
         noise = draw_step_noise(process.ratios, self.batch_size, process.dim, 0)
         share = torch.softmax(part.log_weight, 0).cumsum(0)
         index = torch.searchsorted(share, noise.pick).clamp(max=len(part.z) - 1)
@@ -151,10 +150,11 @@ class DrawsScoreMatching(GuideObjective):
         self._steps += int(commit)
         return denoising_loss(process, u, noise.level, noise.noise).mean()
 
-    def refit(self, guide: DiffusionGuide, args: Args = (), kwargs: Kwargs | None = None) -> None:
+    def refit(self, bound: Bound) -> None:
         """Fit the guide's kernel variances to all draws; also worth a call after the last step."""
         if self._data is not None:
             z = torch.cat([self._data.training.z, self._data.held_out.z])
             log_weight = torch.cat([self._data.training.log_weight, self._data.held_out.log_weight])
             with torch.no_grad(), poutine.block():
-                guide.refit(z[resample(log_weight, min(_REFIT_DRAWS, len(z)))], args, kwargs or {})
+                chosen = z[resample(log_weight, min(_REFIT_DRAWS, len(z)))]
+                bound.adapt(bound.diffusion().refitted(chosen))

@@ -23,7 +23,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.base import Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
+from pyro_sm.base import Bound, Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
 from pyro_sm.diffusion.covering import Covering, draw_with_covering
 from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
 from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round, damped_round, round_statistics
@@ -32,6 +32,7 @@ from pyro_sm.objectives.importance_weighted.weightings import PathWeights, Weigh
 from pyro_sm.weights import resample
 
 _POPULATION = Population()
+_REFIT_DRAWS = 2048  # resampled draws that moments are fitted to: their error is a few per cent of a scale
 _STRAIGHTENING = range(2, 13)  # rounds: before, there is little to see; after, too much to lose
 
 
@@ -50,6 +51,13 @@ class TrainingState(NamedTuple):
     seconds: float = 0.0
     population: Particles | None = None
     seeding: int = 0
+
+
+class Populated(NamedTuple):
+    """``particles``: the population after a round, or None without one; ``evaluations`` that seeding it took."""
+
+    particles: Particles | None
+    evaluations: int
 
 
 class ImportanceWeightedScoreMatching(GuideObjective):
@@ -75,9 +83,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Attributes:
-        state: the :class:`TrainingState`; replaced, never mutated.
-        on_seeding: None, or told of every inverse temperature β that is reached while a population is seeded. What it
-            raises ends the step, with ``state`` as it was before.
+        state: the :class:`TrainingState`; replaced once per step, never mutated.
 
     Raises:
         TypeError: the guide is not a diffusion guide (at the first call).
@@ -117,7 +123,6 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         self.batch_size = batch_size
         self.population = population if self.weighting.num_inner == 0 else None
         self.state = TrainingState()
-        self.on_seeding: Callable[[float], None] | None = None
         self._bound: tuple[object, Density] | None = None
 
     @property
@@ -147,19 +152,19 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         """The covering component in use for this density."""
         return self.covering if self.covering is not None else self.weighting.default_covering(density)
 
-    def _collect(self, guide: DiffusionGuide, density: Density, args: Args, kwargs: Kwargs) -> Round:
+    def _collect(self, bound: Bound) -> Round:
+        """Weighted draws of the guide as it is, damped."""
         with torch.no_grad(), poutine.block():
-            process = guide.diffusion(args, kwargs)
             draws, num_guide = draw_with_covering(
-                process,
-                density,
-                self.covering_for(density),
+                bound.diffusion(),
+                bound.density,
+                self.covering_for(bound.density),
                 self.num_particles,
                 with_score=self.weighting.needs_score,
             )
             return damped_round(draws, num_guide, self.effective_share)
 
-    def refit(self, guide: DiffusionGuide, args: Args, kwargs: Kwargs) -> None:
+    def refit(self, bound: Bound) -> None:
         """Refit the guide's coordinates and kernels to the buffer, resampled by its weights.
 
         A funnel is straightened if the first rounds show one, and followed from then on.
@@ -167,35 +172,47 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         buffer, rounds = self.state.buffer, len(self.state.history)
         if buffer.rounds:
             with torch.no_grad(), poutine.block():
-                index = resample(buffer.weights().log(), min(2048, self.num_particles * len(buffer.rounds)))
+                index = resample(buffer.weights().log(), min(_REFIT_DRAWS, self.num_particles * len(buffer.rounds)))
                 z = buffer.latents()[index]
-                guide.straighten(z, args, kwargs, begin=rounds in _STRAIGHTENING)
-                guide.refit(z, args, kwargs)
+                straightened = bound.diffusion().straightened(z, begin=rounds in _STRAIGHTENING)
+                if straightened is not None:
+                    bound.adapt(straightened)
+                bound.adapt(bound.diffusion().refitted(z))
 
-    def _populate(
-        self, guide: DiffusionGuide, new: Round, density: Density, args: Args, kwargs: Kwargs
-    ) -> Particles | None:
-        """The population after this round; the first round decides whether there is one."""
-        settings, particles = self.population, self.state.population
+    def _populate(self, bound: Bound, new: Round, go_on: Callable[[float], bool] | None) -> Populated | None:
+        """The population after this round; the first round decides whether there is one. None if it was stopped."""
+        settings, particles, density = self.population, self.state.population, bound.density
         first = not self.state.buffer.rounds
         if settings is None or (
             particles is None and not (first and settings.needed(new.draws.log_weight, density.dim))
         ):
-            return None
+            return Populated(None, 0)
         with torch.no_grad(), poutine.block():
-            process = guide.diffusion(args, kwargs)
+            process = bound.diffusion()
             if particles is None:
                 before = density.evaluations.values
-                particles, mode = settings.seeded(process, density, self.on_seeding)
-                if settings.rebase:
-                    guide.rebase(particles.z, mode, args, kwargs)
-                self.state = self.state._replace(seeding=self.state.seeding + density.evaluations.values - before)
-                return particles
+                seeds = settings.seeded(process, density, go_on)
+                if seeds is None:
+                    return None
+                particles, mode = seeds
+                if settings.rebase and not process.is_trained(particles.z):
+                    bound.adapt(process.moved_to(particles.z, mode))
+                return Populated(particles, density.evaluations.values - before)
             share = 1 - new.num_guide / len(new.draws.z)
             particles, _ = settings.exchanged(
                 particles, new.draws, process, density, self.covering_for(density), share
             )
-            return settings.moved(particles, density)
+            return Populated(settings.moved(particles, density), 0)
+
+    def _round(self, bound: Bound, go_on: Callable[[float], bool] | None) -> TrainingState | None:
+        """The state after a round; None if seeding a population was stopped."""
+        self.refit(bound)
+        new = self._collect(bound)
+        populated = self._populate(bound, new, go_on)
+        if populated is None:
+            return None
+        state = self.state._replace(seeding=self.state.seeding + populated.evaluations)
+        return self._after_round(state, new, bound.density, populated.particles)
 
     def _warn_of_many_latents(self, info: RoundInfo, dim: int) -> None:
         """After the first round: said at once, and not by the verdict after minutes of training."""
@@ -212,8 +229,9 @@ class ImportanceWeightedScoreMatching(GuideObjective):
                 stacklevel=2,
             )
 
-    def _after_round(self, new: Round, density: Density, particles: Particles | None) -> TrainingState:
-        state = self.state
+    def _after_round(
+        self, state: TrainingState, new: Round, density: Density, particles: Particles | None
+    ) -> TrainingState:
         stats = round_statistics(new.draws.log_weight)
         info = RoundInfo(
             round=len(state.history) + 1,
@@ -240,7 +258,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         history = (*state.history, info)
         return state._replace(buffer=buffer, steps=0, loss_sum=0.0, history=history, population=particles)
 
-    def bind(self, guide: DiffusionGuide, density: Density) -> None:
+    def bind(self, guide: object, density: Density) -> None:
         """Start afresh for another guide; keep the history but not the draws for other data."""
         if self._bound is None:
             self._bound = (guide, density)
@@ -251,36 +269,64 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             self.state = self.state._replace(buffer=Buffer(), steps=0, loss_sum=0.0, population=None)
         self._bound = (guide, density)
 
-    # -- the ELBO interface ------------------------------------------------------------------------------------
+    # -- steps -------------------------------------------------------------------------------------------------
 
-    def _loss(self, model: Callable[..., Any], guide: Any, args: Args, kwargs: Kwargs, *, commit: bool) -> Tensor:
+    def step_loss(
+        self, guide: object, bound: Bound, *, go_on: Callable[[float], bool] | None = None
+    ) -> Tensor | None:
+        """The loss of one training step, a scalar, and the round before it if one is due; the state moves on.
+
+        Args:
+            guide: whose state this is.
+            bound: the same on its data.
+            go_on: told of every inverse temperature β reached while a population is seeded, and of 0 while modes are
+                sought; where it returns False the step ends there, with ``state`` as it was before.
+
+        Returns:
+            None if the step was ended by ``go_on``.
+        """
         started = time.monotonic()
-        diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
-        diffusion_guide.setup(model, args, kwargs)
-        density = diffusion_guide.density(model, args, kwargs)
-        process = diffusion_guide.diffusion(args, kwargs)
+        process, density = bound.diffusion(), bound.density
         # Drawn before the round, so that a step has the same noise whether or not a round precedes it.
         noise = draw_step_noise(process.ratios, self.batch_size, process.dim, self.weighting.num_inner)
-        if commit:
-            self.bind(diffusion_guide, density)
-            if self.round_due():
-                self.refit(diffusion_guide, args, kwargs)
-                new = self._collect(diffusion_guide, density, args, kwargs)
-                particles = self._populate(diffusion_guide, new, density, args, kwargs)
-                self.state = self._after_round(new, density, particles)
-                process = diffusion_guide.diffusion(args, kwargs)  # what was refitted is not in the old one
-        buffer = self.state.buffer
+        self.bind(guide, density)
+        state = self.state
+        if self.round_due():
+            after = self._round(bound, go_on)
+            if after is None:
+                return None
+            state, process = after, bound.diffusion()  # what was refitted is not in the old one
+        loss = self.weighting.loss(process, density, self.covering_for(density), state.buffer, noise).mean()
+        self.state = state._replace(
+            steps=state.steps + 1,
+            loss_sum=state.loss_sum + float(loss.detach()),
+            seconds=state.seconds + time.monotonic() - started,
+        )
+        return loss
+
+    def _look(self, guide: object, bound: Bound) -> Tensor:
+        """The loss of one batch of what the rounds have left, or of fresh draws; nothing is changed."""
+        process, density, buffer = bound.diffusion(), bound.density, self.state.buffer
+        noise = draw_step_noise(process.ratios, self.batch_size, process.dim, self.weighting.num_inner)
         if self._bound is not None and (self._bound[0] is not guide or self._bound[1] is not density):
             buffer = Buffer()  # a look at another guide or other data, which the rounds say nothing about
         if not buffer.rounds:
-            buffer = Buffer((self._collect(diffusion_guide, density, args, kwargs),))
-        loss = self.weighting.loss(process, density, self.covering_for(density), buffer, noise).mean()
-        if commit:
-            self.state = self.state._replace(
-                steps=self.state.steps + 1,
-                loss_sum=self.state.loss_sum + float(loss.detach()),
-                seconds=self.state.seconds + time.monotonic() - started,
-            )
+            buffer = Buffer((self._collect(bound),))
+        return self.weighting.loss(process, density, self.covering_for(density), buffer, noise).mean()
+
+    def after_backward(self, seconds: float) -> None:
+        """Count ``seconds`` that the gradients of a step took."""
+        self.state = self.state._replace(seconds=self.state.seconds + seconds)
+
+    # -- the ELBO interface ------------------------------------------------------------------------------------
+
+    def _loss(self, model: Callable[..., Any], guide: Any, args: Args, kwargs: Kwargs, *, commit: bool) -> Tensor:
+        diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
+        bound = diffusion_guide.bind(model, *args, **kwargs)
+        if not commit:
+            return self._look(guide, bound)
+        loss = self.step_loss(guide, bound)
+        assert loss is not None  # nobody has stopped it
         return loss
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -288,5 +334,5 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         started = time.monotonic()
         loss.backward()
-        self.state = self.state._replace(seconds=self.state.seconds + time.monotonic() - started)
+        self.after_backward(time.monotonic() - started)
         return float(loss.detach())

@@ -120,24 +120,32 @@ class Population:
         return dim <= self.max_dim and pareto_smooth(log_weight).khat >= self.min_khat
 
     def seeded(
-        self, process: DiffusionProcess, density: Density, progress: Callable[[float], None] | None = None
-    ) -> Seeds:
+        self, process: DiffusionProcess, density: Density, go_on: Callable[[float], bool] | None = None
+    ) -> Seeds | None:
         """The first particles, by tempered sequential Monte Carlo from the prior, or from the base if there is none.
 
-        ``progress`` is told of every β reached, and of 0 while modes are sought; it may raise to stop.
+        ``go_on`` is told of every β reached, and of 0 while modes are sought; where it returns False the seeding ends
+        there, and None is returned.
 
         Raises:
             ValueError: the density is finite at none of the first particles, or cannot be reached.
         """
 
-        def tell(beta: float) -> None:
-            if progress is not None:
-                progress(beta)
+        def goes_on(beta: float) -> bool:
+            return go_on is None or go_on(beta)
 
         start, modes = _start(process, density), None
         if self.modes is not None:
-            start, modes = self.modes.find(density, start, progress=lambda: tell(0.0))
-        found = self.seeding.run(density, start, progress=lambda temperature: tell(temperature.beta))
+            search = self.modes.find(density, start, go_on=lambda: goes_on(0.0))
+            if search is None:
+                return None
+            start, modes = search
+        state = self.seeding.begin(density, start)
+        while state.beta < 1:
+            state = self.seeding.step(density, start, state)
+            if not goes_on(state.beta):
+                return None
+        found = state.particles()
         step = torch.as_tensor(found.history[-1].step_size, dtype=found.z.dtype, device=found.z.device)
         crossover = self.seeding.crossover
         crossing = torch.tensor(float(crossover is not None and crossover.begins(*found.z.shape))).to(step)
