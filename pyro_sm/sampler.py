@@ -15,7 +15,6 @@ state taken over.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from pyro_sm.model.trace import isolated_rng
 from pyro_sm.objectives.importance_weighted.objective import ImportanceWeightedScoreMatching
 from pyro_sm.smc.local_moves import LocalMoves
 from pyro_sm.training.check import ProbeRun, findings_of, findings_of_a_look
-from pyro_sm.training.replicas import Replicas, beside
+from pyro_sm.training.replicas import Replicas
 from pyro_sm.training.schedule import Schedule, StoppingRule
 from pyro_sm.training.trainer import Trainer
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
@@ -119,24 +118,20 @@ class DiffusionSampler:
         self.num_workers = num_workers
         self.disable_progbar = disable_progbar
         guide = guide or AutoDiffusion(model, base=base, name=f"DiffusionSampler{next(_NAMES)}")
-        objective = objective or ImportanceWeightedScoreMatching()
-        guides = [guide, *(guide.renamed(f"{guide._pyro_name}.replica{chain}") for chain in range(1, num_chains))]
-        trainers = [
+        self._replicas = Replicas.of(
             Trainer(
                 model,
-                own,
-                copy.deepcopy(objective) if chain else objective,
+                guide,
+                objective or ImportanceWeightedScoreMatching(),
                 stopping=self.stopping,
                 learning_rate=learning_rate,
-                seed=seed + chain,
-                checkpoint=None if checkpoint is None else beside(checkpoint, chain),
+                seed=seed,
+                checkpoint=checkpoint,
                 checkpoint_every=checkpoint_every,
                 disable_progbar=disable_progbar,
-                label=f"replica {chain + 1}/{num_chains}" if num_chains > 1 else "",
-            )
-            for chain, own in enumerate(guides)
-        ]
-        self._replicas = Replicas(trainers)
+            ),
+            num_chains,
+        )
         self._probe_run: ProbeRun | None = None
         self._verdict: Verdict | None = None
 
@@ -333,17 +328,7 @@ class DiffusionSampler:
 
     def report(self) -> str:
         """Evidence, weights and cost, a line each; straightened coordinates and the verdict, where there are any."""
-        counted = self._replicas.counted()
-        rounds = sum(len(replica.history) for replica in self.replicas)
-        seconds = sum(replica.history[-1].seconds for replica in self.replicas)
-        lines = (
-            f"log evidence  {self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats\n"
-            f"weights       Pareto k̂ {self.khat:.2f} (trust below 0.7), effective share {self.ess:.2f}\n"
-            f"cost          {counted.values} density and {counted.scores} gradient "
-            f"evaluations ({self.replicas[0].density.batching_method}), {rounds} rounds, {seconds:.0f} s of training"
-        )
-        if self.guide.drivers():
-            lines += f"\ncoordinates   a funnel is straightened, driven by {', '.join(self.guide.drivers())}"
+        lines = self._replicas.report(self.evidence, self.khat, self.ess)
         return lines if self._verdict is None else f"{lines}\n{self._verdict}"
 
     def summary(self, num_samples: int = 4000) -> None:

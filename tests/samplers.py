@@ -35,8 +35,7 @@ def make(model=hierarchy, budget=640, guide=None, objective=None, **options):
         objective=ImportanceWeightedScoreMatching(
             **{"num_particles": 64, "batch_size": 64, "steps_per_round": 5, **(objective or {})}
         ),
-        disable_progbar=True,
-        **options,
+        **{"disable_progbar": True, **options},
     )
 
 

@@ -148,8 +148,7 @@ def test_default_settings_run():
 
 
 def test_progress_bar(capsys):
-    sampler = make()
-    sampler.disable_progbar = False
+    sampler = make(disable_progbar=False)
     sampler.run(DATA)
     shown = capsys.readouterr().err
     assert "training" in shown
@@ -318,7 +317,13 @@ def test_save_and_load_of_a_finished_run(uninterrupted, tmp_path):
     other.run(DATA)  # trains no further
     assert other.seed == 0
     assert_equal(other, uninterrupted)
-    assert other.guide.density(hierarchy, (DATA,), {}).evaluations.values == 640
+    assert (
+        other.guide.bind(
+            hierarchy,
+            DATA,
+        ).density.evaluations.values
+        == 640
+    )
 
 
 @pytest.mark.parametrize("weighting", [None, MarginalWeights(num_inner=2)])
@@ -356,13 +361,14 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 import samplers
 sampler = samplers.make(checkpoint={path!r}, checkpoint_every=0.0)
-real = sampler.save
+trainer = sampler.replicas[0]
+real = trainer.save
 def save(path):
     real(path)
     if len(sampler.history) == 5:
-        sampler._step(*sampler._data, lambda info: None)  # on into the next round
+        trainer.step(lambda beta: True, lambda: None)  # on into the next round
         os.kill(os.getpid(), signal.SIGKILL)
-sampler.save = save
+trainer.save = save
 sampler.run(samplers.DATA)
 """
 
@@ -496,11 +502,20 @@ def test_data_changed_in_place_are_other_data():
 
 def test_the_same_data_are_not_learned_twice(uninterrupted):
     sampler = trained()
-    evaluations = sampler.guide.density(hierarchy, (DATA,), {}).evaluations.values
+    evaluations = sampler.guide.bind(
+        hierarchy,
+        DATA,
+    ).density.evaluations.values
     sampler.run(DATA)
     sampler.run(DATA.clone())
     assert len(sampler.history) == 10
-    assert sampler.guide.density(hierarchy, (DATA,), {}).evaluations.values == evaluations
+    assert (
+        sampler.guide.bind(
+            hierarchy,
+            DATA,
+        ).density.evaluations.values
+        == evaluations
+    )
     assert_equal(sampler, uninterrupted)
 
 
@@ -519,7 +534,10 @@ def test_the_same_data_are_not_learned_twice(uninterrupted):
 )
 def test_budget_is_kept(options, budget):
     sampler = trained(budget=budget, **options)
-    spent = sampler.guide.density(hierarchy, (DATA,), {}).evaluations.values
+    spent = sampler.guide.bind(
+        hierarchy,
+        DATA,
+    ).density.evaluations.values
     assert spent <= budget
     assert spent > budget - sampler.objective.evaluations_per_round - 64
     assert sampler.schedule.finished
@@ -565,13 +583,14 @@ def test_lowering_the_budget_of_an_interrupted_run():
 def test_learning_rate():
     """Held for half the budget, then linearly to zero."""
     sampler, rates = make(), []
-    real = sampler._rate
+    trainer = sampler.replicas[0]
+    real = trainer._rate
 
     def rate():
         rates.append(real())
         return rates[-1]
 
-    sampler._rate = rate
+    trainer._rate = rate
     sampler.run(DATA)
     assert len(rates) == 50
     assert rates[:21] == [2e-3] * 21  # the first step of the fifth round begins the second half
@@ -780,7 +799,7 @@ def test_a_funnel_is_straightened_and_sampled(monkeypatch):
     assert target.found_v_sd(sampler.get_samples(2000)["x"]) == pytest.approx(target.v_sd, rel=0.1)
     assert sampler.ess > 0.2
     # At the same cost without.
-    monkeypatch.setattr("pyro_sm.guides.auto_diffusion.fit_coupling", lambda z: None)
+    monkeypatch.setattr("pyro_sm.diffusion.diffusion.fit_coupling", lambda z: None)
     plain = in_a_funnel(target, 512, 12, 100)
     plain.run()
     assert not coupled(plain)
@@ -796,7 +815,7 @@ class Shallow(Funnel):
 
 
 def test_a_run_with_a_coupling_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyro_sm.guides.auto_diffusion.fit_coupling", partial(fit_coupling, min_gain=0.3))
+    monkeypatch.setattr("pyro_sm.diffusion.diffusion.fit_coupling", partial(fit_coupling, min_gain=0.3))
     options = {"target": Shallow(6), "num_particles": 512, "rounds": 7, "steps": 10}
     sampler = in_a_funnel(**options, checkpoint=tmp_path / "state.pt", checkpoint_every=0.0)
     real, copies = sampler.save, {}

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn.module import pyro_method
@@ -41,7 +40,6 @@ from pyro_sm.guides import parameters
 from pyro_sm.guides.bases import Base, PriorBase
 from pyro_sm.guides.bound import BoundDiffusion
 from pyro_sm.guides.latent_guide import LatentGuide
-from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.guides.prototype import check_sites, init_to_median_or_origin, latent_names
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.nn.bound import FlatNetwork
@@ -312,31 +310,7 @@ class AutoDiffusion(LatentGuide):
             process = self.diffusion(Arguments(args, kwargs or {}))
             return draw_with_covering(process, density, covering or default_covering(density), num_draws)[0]
 
-    # -- what Pyro expects of an AutoContinuous ----------------------------------------------------------------
-
-    def _latents(self, num_draws: int, arguments: Arguments) -> Tensor:
-        return self.diffusion(arguments).draw(num_draws)[0]
-
-    def get_posterior(self, *args: Any, **kwargs: Any) -> DiffusionPosterior:
-        """The posterior over the packed latent (D,): reparametrised draws, and their log density."""
-        return DiffusionPosterior(self.diffusion(Arguments(args, kwargs)))
-
-    def get_base_dist(self) -> dist.TorchDistribution:
-        """``N(m_T, s_T²)/(1+r_K²)``: what the probability flow starts from (for ``NeuTraReparam``)."""
-        loc, scale = self.diffusion().flow().base()
-        return dist.Normal(loc, scale).to_event(1)
-
-    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """The probability flow from :meth:`get_base_dist` to latent space.
-
-        Raises:
-            NotImplementedError: the guide has a context, and no arguments are given.
-        """
-        if self.context is not None and not args and not kwargs:
-            raise NotImplementedError("a guide with a context has no transform that is free of the data")
-        return FlowTransform(self.diffusion(Arguments(args, kwargs)))
-
-    # -- saving and copying ------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As in torch; on a guide that was never called, the parameters are created from the state's shapes.

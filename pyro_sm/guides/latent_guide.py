@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An automatic guide over the packed latent, whatever draws it: its model and sites, and what Pyro asks of its draws.
+"""An automatic guide over the packed latent: its model and sites, and what Pyro asks of a guide's posterior.
 
 Pyro's ``AutoContinuous`` serves Gaussians, whose moments are known. Here are the same promises for a guide that can
 only draw: values by site with the bijections that ``ModelDensity`` uses, medians and quantiles from draws, copies
@@ -22,14 +22,18 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from pyro_sm.base import Arguments
+from pyro_sm.diffusion.diffusion import Diffusion
+from pyro_sm.guides.posterior import DiffusionPosterior, FlowTransform
 from pyro_sm.guides.prototype import check_sites, trace_prototype
 from pyro_sm.model.cache import Cache, bound_density
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.transforms import bijection_onto
 
+_NOTHING = Arguments()
+
 
 class LatentGuide(AutoContinuous):
-    """A guide whose subclass defines :meth:`_latents`, and the methods of ``AutoContinuous`` about its posterior.
+    """A guide whose posterior is a diffusion sampler, which the subclass makes from its parameters.
 
     Args:
         model: a Pyro model.
@@ -52,8 +56,10 @@ class LatentGuide(AutoContinuous):
         self._raw_model: tuple[Callable[..., Any]] | None = (model,)
         self._cached_densities: Cache = ()
 
-    def _latents(self, num_draws: int, arguments: Arguments) -> Tensor:
-        """Unweighted latents (num_draws, D)."""
+    context: Callable[..., Tensor] | None = None
+
+    def diffusion(self, arguments: Arguments = _NOTHING) -> Diffusion:
+        """The sampler behind the guide, in plain torch, with the current parameters."""
         raise NotImplementedError
 
     # -- the model ---------------------------------------------------------------------------------------------
@@ -97,6 +103,27 @@ class LatentGuide(AutoContinuous):
             self._cached_densities = cache
         return density
 
+    # -- the posterior -----------------------------------------------------------------------------------------
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> DiffusionPosterior:
+        """The posterior over the packed latent (D,): reparametrised draws, and their log density."""
+        return DiffusionPosterior(self.diffusion(Arguments(args, kwargs)))
+
+    def get_base_dist(self) -> dist.TorchDistribution:
+        """``N(m_T, s_T²)/(1+r_K²)``: what the probability flow starts from (for ``NeuTraReparam``)."""
+        loc, scale = self.diffusion().flow().base()
+        return dist.Normal(loc, scale).to_event(1)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
+        """The probability flow from :meth:`get_base_dist` to latent space.
+
+        Raises:
+            NotImplementedError: the guide has a context, and no arguments are given.
+        """
+        if self.context is not None and not args and not kwargs:
+            raise NotImplementedError("a guide with a context has no transform that is free of the data")
+        return FlowTransform(self.diffusion(Arguments(args, kwargs)))
+
     # -- draws by site -----------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -130,7 +157,7 @@ class LatentGuide(AutoContinuous):
         """Unweighted latents (num_draws, D), of a guide that is set up if it was not."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        return self._latents(num_draws, Arguments(args, kwargs))
+        return self.diffusion(Arguments(args, kwargs)).draw(num_draws)[0]
 
     def _by_site(self, z: Tensor) -> dict[str, Tensor]:
         """Constrained values (N, \\*shape) of latents ``z`` (N, D)."""

@@ -17,12 +17,8 @@ from pyro_sm.corrections.per_replica import joined
 from pyro_sm.training.interrupt import deferred_interrupt
 from pyro_sm.training.processes import Task, num_processes, train_in_processes
 from pyro_sm.training.schedule import StoppingRule
-from pyro_sm.training.trainer import Trainer
-
-
-def beside(path: str | os.PathLike[str], chain: int) -> str:
-    """The checkpoint of a replica: the first's own, those of the others with ``.1``, ``.2``, … at the end."""
-    return f"{os.fspath(path)}.{chain}" if chain else os.fspath(path)
+from pyro_sm.training.trainer import Trainer, beside
+from pyro_sm.weights import Evidence
 
 
 class Replicas:
@@ -34,6 +30,13 @@ class Replicas:
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
         self.trainers = tuple(trainers)
+
+    @classmethod
+    def of(cls, trainer: Trainer, num_chains: int) -> Replicas:
+        """A trainer and copies of it, each with a guide, a seed and a checkpoint of its own."""
+        if num_chains == 1:
+            return cls((trainer,))
+        return cls([trainer.replica(chain, num_chains) for chain in range(num_chains)])
 
     def run(self, arguments: Arguments, stopping: StoppingRule, num_workers: int | None) -> None:
         """Train all that are not finished.
@@ -71,6 +74,21 @@ class Replicas:
         """Evaluations of training, and of the draws since, by all."""
         trained = [trainer.density.evaluations for trainer in self.trainers]
         return sum([*trained, *(trainer.drawn for trainer in self.trainers)], Evaluations())
+
+    def report(self, estimate: Evidence, khat: float, ess: float) -> str:
+        """Evidence (nats), weights and cost, a line each; straightened coordinates, where there are any."""
+        first, counted = self.trainers[0], self.counted()
+        rounds = sum(len(trainer.history) for trainer in self.trainers)
+        seconds = sum(trainer.history[-1].seconds for trainer in self.trainers)
+        lines = (
+            f"log evidence  {estimate.log_evidence:.3f} ± {estimate.log_evidence_se:.3f} nats\n"
+            f"weights       Pareto k̂ {khat:.2f} (trust below 0.7), effective share {ess:.2f}\n"
+            f"cost          {counted.values} density and {counted.scores} gradient "
+            f"evaluations ({first.density.batching_method}), {rounds} rounds, {seconds:.0f} s of training"
+        )
+        if first.guide.drivers():
+            lines += f"\ncoordinates   a funnel is straightened, driven by {', '.join(first.guide.drivers())}"
+        return lines
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the states of those that have begun.

@@ -40,6 +40,11 @@ _MOST_GRADIENT = 10.0
 _DRAWS_SEED = 7919  # added to the seed: draws are not made with the numbers that the training was
 
 
+def beside(path: str | os.PathLike[str], chain: int) -> str:
+    """The checkpoint of a replica: the first's own, those of the others with ``.1``, ``.2``, … at the end."""
+    return f"{os.fspath(path)}.{chain}" if chain else os.fspath(path)
+
+
 class Trainer:
     """Trains one guide on one model.
 
@@ -68,7 +73,7 @@ class Trainer:
         checkpoint: str | os.PathLike[str] | None,
         checkpoint_every: float,
         disable_progbar: bool,
-        label: str,
+        label: str = "",
     ) -> None:
         self.model = model
         self.guide = guide
@@ -91,6 +96,22 @@ class Trainer:
         self._data_versions: tuple[int, ...] = ()
         self._pool: Draws | None = None
         self._last_saved = -math.inf
+
+    def replica(self, chain: int, num_chains: int) -> Trainer:
+        """One of ``num_chains`` trainings alike; all but the first with copies of guide and objective."""
+        guide = self.guide if not chain else self.guide.renamed(f"{self.guide._pyro_name}.replica{chain}")
+        return Trainer(
+            self.model,
+            guide,
+            copy.deepcopy(self.objective) if chain else self.objective,
+            stopping=self.stopping,
+            learning_rate=self.learning_rate,
+            seed=self.seed + chain,
+            checkpoint=None if self.checkpoint is None else beside(self.checkpoint, chain),
+            checkpoint_every=self.checkpoint_every,
+            disable_progbar=self.disable_progbar,
+            label=f"replica {chain + 1}/{num_chains}",
+        )
 
     # -- what there is -----------------------------------------------------------------------------------------
 

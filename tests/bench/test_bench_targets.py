@@ -154,9 +154,9 @@ def test_unit_weights_are_marginal_weights_without_the_weight() -> None:
     target = UnequalModes(2)
     model = factor_model(target.log_prob, 2)
     guide = AutoDiffusion(model, base=GivenBase(*target.start))
-    guide.setup(model, (), {})
+    guide.bind(model)
     guide.network_weights.data.add_(0.05 * torch.randn_like(guide.network_weights))
-    density, wide = guide.density(model, (), {}), WideCovering()
+    density, wide = guide.bind(model).density, WideCovering()
     with torch.no_grad():
         process = guide.diffusion()
         draws, num_guide = draw_with_covering(process, density, wide, 512)
@@ -253,12 +253,12 @@ def test_unit_weights_clip_the_score_of_a_row() -> None:
 
     model = factor_model(target.log_prob, target.dim)
     guide = AutoDiffusion(model, base=GivenBase(*target.start))
-    guide.setup(model, (), {})
+    guide.bind(model)
     guide.network_weights.data.add_(0.05 * torch.randn_like(guide.network_weights))
     wide = WideCovering()
     with torch.no_grad():
         process = guide.diffusion()
-        draws, num_guide = draw_with_covering(process, guide.density(model, (), {}), wide, 512)
+        draws, num_guide = draw_with_covering(process, guide.bind(model).density, wide, 512)
         buffer = Buffer((damped_round(draws, num_guide, 0.3),))
         noise = draw_step_noise(process.ratios, 64, 2, 4)
         torch.testing.assert_close(losses(0.0, 1e3), losses(0.0, 1e6))

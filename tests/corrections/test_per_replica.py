@@ -140,7 +140,7 @@ def test_one_chain_is_the_default_and_none_is_refused():
 def interrupted_at(sampler, chain, steps, action):
     """Let ``action`` happen in the given step of one replica."""
     replica, left = sampler.replicas[chain], [steps]
-    step = replica._step
+    step = replica.step
 
     def counted(*args):
         step(*args)
@@ -148,7 +148,7 @@ def interrupted_at(sampler, chain, steps, action):
         if left[0] == 0:
             action()
 
-    replica._step = counted
+    replica.step = counted
 
 
 def assert_equal_states(mine, theirs):

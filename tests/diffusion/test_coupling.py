@@ -9,6 +9,7 @@ import pickle
 import pyro
 import pytest
 import torch
+from adapting import move, straighten
 from oracles import Mixture, random_network, zero_network
 from torch.distributions import MultivariateNormal
 
@@ -727,7 +728,7 @@ def taught(guide):
 
 
 def learned(guide):
-    return guide._network(guide.network_weights)(torch.ones(3, 5), torch.zeros(1), None).detach()
+    return guide._network.at(guide.network_weights)(torch.ones(3, 5), torch.zeros(1), None).detach()
 
 
 def drawn(guide):
@@ -747,10 +748,10 @@ def test_a_funnel_is_straightened_and_the_network_begins_anew():
     guide, z = taught(make_guide()), TARGET.sample(2000)
     with torch.no_grad():
         guide.log_variance_factor.add_(0.3)
-    assert not guide.straighten(z, begin=False)
+    assert not straighten(guide, z, begin=False)
     assert not held(guide)
     assert bool((learned(guide) != 0).any())
-    assert guide.straighten(z)
+    assert straighten(guide, z)
     process = guide.diffusion()
     for found, wanted in zip(process.coupling, fit_coupling(z), strict=True):
         assert torch.equal(found, wanted)
@@ -770,15 +771,15 @@ def test_a_funnel_is_straightened_and_the_network_begins_anew():
 
 def test_a_held_coupling_follows_and_the_network_stays():
     guide, z = make_guide(), TARGET.sample(2000)
-    guide.straighten(z)
+    straighten(guide, z)
     taught(guide)
     before, said = held_coupling(guide), learned(guide)
     # About the same draws: not worth it.
-    assert not guide.straighten(TARGET.sample(2000))
+    assert not straighten(guide, TARGET.sample(2000))
     assert all(torch.equal(one, other) for one, other in zip(guide.diffusion().coupling, before, strict=True))
     moved = z * torch.tensor([1.0, 4.0, 0.3, 1.0, 1.0]) * torch.exp(0.2 * z[:, :1]) + 3 * z[:, :1]
     moved[:, 0] = z[:, 0]
-    assert guide.straighten(moved, begin=False)
+    assert straighten(guide, moved, begin=False)
     found = guide.diffusion().coupling
     for one, other in zip(found, refit_coupling(moved, before), strict=True):
         assert torch.equal(one, other)
@@ -790,10 +791,10 @@ def test_a_held_coupling_follows_and_the_network_stays():
 
 def test_draws_without_a_funnel_straighten_what_is_held():
     guide = make_guide()
-    guide.straighten(TARGET.sample(2000))
+    straighten(guide, TARGET.sample(2000))
     taught(guide)
     said, plain = learned(guide), torch.randn(2000, 5)
-    assert guide.straighten(plain)
+    assert straighten(guide, plain)
     assert float(guide.diffusion().coupling.slope.abs().max()) < 0.1
     assert torch.equal(learned(guide), said)
     assert fits(guide.diffusion().to_white(plain).detach())
@@ -802,7 +803,7 @@ def test_draws_without_a_funnel_straighten_what_is_held():
 def entropies(monkeypatch, **values):
     """As if those of ``held``, ``followed`` and ``found`` were these; the couplings themselves."""
     made = {name: fit_coupling(TARGET.sample(2000)) for name in values}
-    place = "pyro_sm.guides.auto_diffusion."
+    place = "pyro_sm.diffusion.diffusion."
     monkeypatch.setattr(place + "refit_coupling", lambda z, held: made["followed"])
     monkeypatch.setattr(place + "fit_coupling", lambda z: made.get("found"))
 
@@ -819,7 +820,7 @@ def entropies(monkeypatch, **values):
 def test_what_a_coupling_must_save_to_be_followed_and_another_to_begin(monkeypatch, saved, follows, found, begin):
     """A tenth of a nat, and half a nat beyond what following gives."""
     guide = make_guide()
-    guide.straighten(TARGET.sample(2000))
+    straighten(guide, TARGET.sample(2000))
     taught(guide)
     said, before = learned(guide), held_coupling(guide)
     values = {"held": 1.0, "followed": 1.0 - saved}
@@ -827,7 +828,7 @@ def test_what_a_coupling_must_save_to_be_followed_and_another_to_begin(monkeypat
         values["found"] = 1.0 - saved - found
     made = entropies(monkeypatch, **values)
     begins = begin and found == 0.55
-    assert guide.straighten(TARGET.sample(2000), begin=begin) is (begins or follows)
+    assert straighten(guide, TARGET.sample(2000), begin=begin) is (begins or follows)
     now = guide.diffusion().coupling
     expected = made["found"] if begins else made["followed"] if follows else before
     assert all(torch.equal(one, other) for one, other in zip(now, expected, strict=True))
@@ -836,22 +837,22 @@ def test_what_a_coupling_must_save_to_be_followed_and_another_to_begin(monkeypat
 
 def test_a_base_that_still_fits_stays_when_a_coupling_follows(monkeypatch):
     guide, z = make_guide(), TARGET.sample(2000)
-    guide.straighten(z)
+    straighten(guide, z)
     with torch.no_grad():
         guide.log_variance_factor.add_(0.3)
     base = guide.base_scale_tril.detach().clone()
     first = held_coupling(guide)
     followed = first._replace(log_scale=first.log_scale - 0.2)
-    place = "pyro_sm.guides.auto_diffusion."
+    place = "pyro_sm.diffusion.diffusion."
     monkeypatch.setattr(place + "fit_coupling", lambda z: None)
     monkeypatch.setattr(place + "refit_coupling", lambda z, held: followed)
     monkeypatch.setattr(place + "entropy", lambda z, c: 0.5 if c is followed else 1.0)
-    assert guide.straighten(z)
+    assert straighten(guide, z)
     assert torch.equal(guide.diffusion().coupling.log_scale, followed.log_scale)
     assert torch.equal(guide.base_scale_tril, base)
     torch.testing.assert_close(guide.log_variance_factor.detach(), torch.full_like(guide.log_variance_factor, 0.3))
     followed = first._replace(log_scale=first.log_scale - 2.0)
-    assert guide.straighten(z)
+    assert straighten(guide, z)
     assert not torch.equal(guide.base_scale_tril, base)
     assert bool((guide.log_variance_factor == 0).all())
     u = guide.diffusion().to_white(z).detach()
@@ -860,9 +861,9 @@ def test_a_base_that_still_fits_stays_when_a_coupling_follows(monkeypatch):
 
 def test_other_drivers_are_other_coordinates():
     guide, z = make_guide(), TARGET.sample(2000)
-    guide.straighten(z)
+    straighten(guide, z)
     taught(guide)
-    assert guide.straighten(z.flip(1))
+    assert straighten(guide, z.flip(1))
     assert guide.diffusion().coupling.drivers().nonzero().flatten().tolist() == [4]
     assert bool((learned(guide) == 0).all())
 
@@ -871,9 +872,9 @@ def test_who_is_not_straightened():
     z = TARGET.sample(2000)
     anchored = make_guide(name="anchored")
     group = torch.arange(2000) % 2
-    assert anchored.rebase(z + 50 * group[:, None], group)
+    assert move(anchored, z + 50 * group[:, None], group)
     assert "anchor_loc_unconstrained" in anchored.state_dict()
-    assert not anchored.straighten(z)
+    assert not straighten(anchored, z)
     assert not held(anchored)
     target = Funnel(4)
     model = factor_model(target.log_prob, 4)
@@ -881,40 +882,40 @@ def test_who_is_not_straightened():
         model, num_steps=8, architecture=EGNN(3, 2, width=8), base=GivenBase(0.0, 3.0), name="symmetric"
     )
     symmetric()
-    assert not symmetric.straighten(target.sample(2000))
-    assert symmetric.rebase(target.sample(2000))
+    assert not straighten(symmetric, target.sample(2000))
+    assert move(symmetric, target.sample(2000))
     assert not held(symmetric)
     # One guide for many data sets: each has a funnel of its own.
     shared = make_guide(name="shared", context=lambda: torch.zeros(2))
-    assert not shared.straighten(z)
-    assert shared.rebase(z)
+    assert not straighten(shared, z)
+    assert move(shared, z)
     assert not held(shared)
 
 
 def test_a_population_in_a_funnel_gives_a_bent_base():
     guide, z = make_guide(), TARGET.sample(2000)
-    assert guide.rebase(z)
+    assert move(guide, z)
     for found, wanted in zip(guide.diffusion().coupling, fit_coupling(z), strict=True):
         assert torch.equal(found, wanted)
     torch.testing.assert_close(guide.diffusion().to_white(z).std(0), torch.ones(5), rtol=0, atol=0.02)
     plain = TARGET.start.loc + 20 * torch.randn(2000, 5)  # without a funnel: nothing is bent any more
-    assert guide.rebase(plain)
+    assert move(guide, plain)
     assert not held(guide)
     torch.testing.assert_close(guide.diffusion().to_white(plain).std(0), torch.ones(5), rtol=0, atol=0.02)
-    assert guide.rebase(z)
+    assert move(guide, z)
     taught(guide)
-    assert not guide.rebase(plain)
+    assert not move(guide, plain)
     # Groups in a funnel mean nothing; of what is none they are the anchor, and what was bent is no more.
     other = make_guide(name="other")
     group = (z[:, 1] > 0).long()
-    assert other.rebase(z, group)
+    assert move(other, z, group)
     assert held(other)
     assert "anchor_loc_unconstrained" not in other.state_dict()
     apart = 50 * group[:, None] + torch.randn(2000, 5)
-    assert other.rebase(apart, group)
+    assert move(other, apart, group)
     assert not held(other)
     assert "anchor_loc_unconstrained" in other.state_dict()
-    assert other.rebase(z, group)
+    assert move(other, z, group)
     assert held(other)
     assert "anchor_loc_unconstrained" not in other.state_dict()
 
@@ -922,7 +923,7 @@ def test_a_population_in_a_funnel_gives_a_bent_base():
 def test_a_coupling_goes_wherever_the_guide_goes(tmp_path):
     guide, z = make_guide(), TARGET.sample(2000)
     plain_state = {name: value.clone() for name, value in guide.state_dict().items()}
-    guide.straighten(z)
+    straighten(guide, z)
     expected = drawn(taught(guide))
     state = {name: value.clone() for name, value in guide.state_dict().items()}
     assert torch.equal(drawn(copy.deepcopy(guide)), expected)
@@ -969,7 +970,7 @@ def test_the_transform_of_a_bent_guide_is_a_bijection(float64):
         network_dtype=torch.float64,
     )
     guide()
-    assert guide.straighten(target.sample(2000))
+    assert straighten(guide, target.sample(2000))
     with torch.no_grad():
         guide.network_weights.add_(0.02 * torch.randn_like(guide.network_weights))
         transform, x = guide.get_transform(), torch.randn(1, 3)

@@ -137,7 +137,7 @@ def test_a_guide_draws_with_them():
 
     def weights(heavy, name):
         guide = AutoDiffusion(model, base=GivenBase(0.0, 1.0), name=name, heavy=heavy)
-        guide.setup(model, (), {})
+        guide.bind(model)
         with torch.no_grad():
             z, log_ratio = guide.diffusion().draw(20_000)
         return torch.exp(-0.5 * z.square().sum(-1) - 1.5 * math.log(2 * math.pi) + log_ratio)

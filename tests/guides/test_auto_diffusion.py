@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from adapting import move
 from pyro import poutine
 from pyro.infer import HMC, MCMC, NUTS, SVI, Importance, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal, init_to_value
@@ -506,7 +507,7 @@ def test_data_of_another_size_are_refused():
     guide = make_guide()
     guide(DATA)
     with pytest.raises(ModelRefusedError, match="the new data change the latents"):
-        guide.density(hierarchy, (torch.ones(5),), {})
+        guide.bind(hierarchy, torch.ones(5))
 
 
 def test_a_failed_first_call_leaves_no_half_made_guide():
@@ -658,16 +659,37 @@ def test_density_is_cached_by_value_and_bound_anew_for_other_data():
     guide = make_guide()
     guide(DATA)
     data = DATA.clone()
-    first = guide.density(hierarchy, (data,), {})
-    assert guide.density(hierarchy, (data.clone(),), {}) is first
-    other = guide.density(hierarchy, (data + 1,), {})
+    first = guide.bind(
+        hierarchy,
+        data,
+    ).density
+    assert (
+        guide.bind(
+            hierarchy,
+            data.clone(),
+        ).density
+        is first
+    )
+    other = guide.bind(
+        hierarchy,
+        data + 1,
+    ).density
     assert other is not first
     assert other.evaluations is first.evaluations
-    assert guide.density(hierarchy, (data,), {}) is first  # a look at other data does not evict it
+    assert (
+        guide.bind(
+            hierarchy,
+            data,
+        ).density
+        is first
+    )  # a look at other data does not evict it
     z = torch.zeros(1, 4)
     assert first.log_prob(z) != other.log_prob(z)
     data.add_(1)
-    changed = guide.density(hierarchy, (data,), {})
+    changed = guide.bind(
+        hierarchy,
+        data,
+    ).density
     assert changed is not first
     assert changed.log_prob(z) == other.log_prob(z)
 
@@ -680,9 +702,9 @@ def test_a_change_in_place_is_seen_beside_a_fresh_argument():
     guide = make_guide(model)
     x = torch.ones(3)
     guide(x, DATA)
-    first = guide.density(model, (x, DATA), {})
+    first = guide.bind(model, x, DATA).density
     x.mul_(2)
-    assert guide.density(model, (x, DATA.clone()), {}) is not first
+    assert guide.bind(model, x, DATA.clone()).density is not first
 
 
 def test_data_made_in_inference_mode():
@@ -690,7 +712,16 @@ def test_data_made_in_inference_mode():
         data = DATA * 2
     guide = make_guide()
     guide(data)
-    assert guide.density(hierarchy, (data,), {}) is guide.density(hierarchy, (data,), {})
+    assert (
+        guide.bind(
+            hierarchy,
+            data,
+        ).density
+        is guide.bind(
+            hierarchy,
+            data,
+        ).density
+    )
 
 
 # -------------------------------------------------------------------------------------------- saving and copying
@@ -865,13 +896,13 @@ def test_a_guide_moves_to_draws_until_it_is_trained():
     z, _ = two_groups()
     guide = make_guide()
     guide(DATA)
-    assert guide.rebase(z)
+    assert move(guide, z)
     torch.testing.assert_close(guide.base_loc.detach(), z.mean(0), rtol=1e-4, atol=1e-4)
     drawn, _ = guide.diffusion().draw(20_000)
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(z.T), rtol=0.1, atol=0.6)
     perturb(guide)
     before = guide.base_loc.clone()
-    assert not guide.rebase(z + 3)
+    assert not move(guide, z + 3)
     assert torch.equal(guide.base_loc, before)
 
 
@@ -879,7 +910,7 @@ def test_a_rebased_guide_has_the_modes_and_keeps_them_through_every_copy(tmp_pat
     z, group = two_groups()
     guide = make_guide()
     guide(DATA)
-    assert guide.rebase(z, group)
+    assert move(guide, z, group)
 
     def between(one):
         """Draws between the groups: a normal law of their moments has many, a mixture none."""
@@ -894,7 +925,7 @@ def test_a_rebased_guide_has_the_modes_and_keeps_them_through_every_copy(tmp_pat
     pyro.get_param_store().save(tmp_path / "store.pt")
     plain = make_guide(name="plain")
     plain(DATA)
-    assert plain.rebase(z)
+    assert move(plain, z)
     assert float((between(plain)[:, 1].abs() < 3).float().mean()) > 0.2
     plain.load_state_dict(state)
     torch.testing.assert_close(between(plain), drawn)
@@ -902,7 +933,7 @@ def test_a_rebased_guide_has_the_modes_and_keeps_them_through_every_copy(tmp_pat
     fresh.load_state_dict(state)
     fresh(DATA)
     torch.testing.assert_close(between(fresh), drawn)
-    assert guide.rebase(z)  # without groups: the anchor goes
+    assert move(guide, z)  # without groups: the anchor goes
     assert not any("anchor" in name for name in guide.state_dict())
     assert not any(name.startswith("AutoDiffusion.anchor") for name in pyro.get_param_store())
     guide.load_state_dict(state)
@@ -915,7 +946,7 @@ def test_the_store_alone_brings_an_anchor_back(tmp_path):
     z, group = two_groups()
     guide = make_guide()
     guide(DATA)
-    guide.rebase(z, group)
+    move(guide, z, group)
     torch.manual_seed(0)
     drawn = guide.diffusion().draw(50)[0]
     pyro.get_param_store().save(tmp_path / "store.pt")
@@ -935,7 +966,7 @@ def test_a_store_that_is_loaded_takes_an_anchor_away_and_an_empty_one_does_not(t
     torch.manual_seed(0)
     drawn = guide.diffusion().draw(50)[0]
     pyro.get_param_store().save(tmp_path / "store.pt")
-    guide.rebase(*two_groups())
+    move(guide, *two_groups())
     torch.manual_seed(0)
     anchored = guide.diffusion().draw(50)[0]
     assert not torch.allclose(anchored, drawn)
@@ -954,7 +985,7 @@ def test_a_symmetric_network_keeps_a_base_without_directions():
     z, group = two_groups()
     guide = AutoDiffusion(hierarchy, num_steps=8, architecture=EGNN(3, 2, width=8))
     guide(DATA)
-    assert guide.rebase(z, group)
+    assert move(guide, z, group)
     assert torch.equal(guide.base_loc, torch.zeros(4))
     torch.testing.assert_close(guide.base_scale_tril.detach(), z.square().mean().sqrt() * torch.eye(4))
     assert not any("anchor" in name for name in guide.state_dict())

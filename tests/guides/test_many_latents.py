@@ -283,7 +283,7 @@ def deviations(factor):
     guide = AutoDiffusion(factors, base=base, num_steps=8, architecture=MLP(width=8, depth=1))
     guide()
     with torch.no_grad():
-        drawn = guide.draw_weighted(guide.density(factors, (), {}), 2000, covering=WideCovering(0.0))
+        drawn = guide.draw_weighted(guide.bind(factors).density, 2000, covering=WideCovering(0.0))
     along = torch.cat([LOADING, LOADING.sum(1, keepdim=True)], 1)
     square = ((drawn.z - LOC) @ along).square()
     covariance = LOADING @ LOADING.T + DIAGONAL.diag()

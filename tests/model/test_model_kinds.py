@@ -453,7 +453,7 @@ def fitted(model, args, budget=1536):
 def test_kind(name):
     kind = KINDS[name]()
     sampler = fitted(kind.model, kind.args)
-    assert sampler._density().batching_method != "one by one"
+    assert sampler.replicas[0].density.batching_method != "one by one"
     found, se = sampler.evidence
     assert se < 0.1
     assert abs(found - float(kind.log_evidence)) < 5 * se

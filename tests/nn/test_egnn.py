@@ -4,6 +4,7 @@
 import pyro
 import pytest
 import torch
+from adapting import refit
 from oracles import random_network
 
 from pyro_sm.examples.improper import factor_model
@@ -142,7 +143,7 @@ def test_a_guide_for_particles_has_one_variance_for_all_latents():
         pyro.clear_param_store()
         model = factor_model(target.log_prob, target.dim)
         guide = AutoDiffusion(model, base=GivenBase(torch.zeros(target.dim), scale), architecture=EGNN(4, 2))
-        guide.setup(model, (), {})
-        guide.refit(z)
+        guide.bind(model)
+        refit(guide, z)
         factor = guide.diffusion().kernels.variance_factor
         assert bool((factor == factor[:, :1]).all()) is same

@@ -6,6 +6,7 @@ import copy
 import pyro
 import pytest
 import torch
+from adapting import move, straighten
 from oracles import random_network
 
 from pyro_sm.diffusion.denoiser import Denoiser
@@ -145,8 +146,8 @@ def test_independent_latents_are_learned_by_networks_of_their_own():
 
 def widths(guide):
     """The widths of the latents' own network, or None; by the number of weights and by the skeleton alike."""
-    own = guide._skeleton[0].own
-    assert guide.network_weights.numel() == sum(p.numel() for p in guide._skeleton[0].parameters())
+    own = guide._network.module.own
+    assert guide.network_weights.numel() == sum(p.numel() for p in guide._network.module.parameters())
     return None if own is None else own.slope.shape
 
 
@@ -158,10 +159,10 @@ def test_a_base_that_mixes_the_latents_leaves_them_nothing_of_their_own(tilt, ex
     tril[3, 1] = tilt
     model = factor_model(lambda x: -0.5 * x.square().sum(-1), 12)
     guide = AutoDiffusion(model, base=GivenBase(torch.zeros(12), tril), num_steps=4)
-    guide.setup(model, (), {})
+    guide.bind(model)
     assert widths(guide) == expected
     state = {name: value.detach().clone() for name, value in guide.state_dict().items()}
-    assert guide.rebase(3 * torch.randn(400, 12) @ torch.randn(12, 12))
+    assert move(guide, 3 * torch.randn(400, 12) @ torch.randn(12, 12))
     assert widths(guide) == widths(copy.deepcopy(guide)) == expected
     moved = {name: value.detach().clone() for name, value in guide.state_dict().items()}
     for content in (state, moved):
@@ -173,7 +174,7 @@ def test_a_base_that_mixes_the_latents_leaves_them_nothing_of_their_own(tilt, ex
     asked = AutoDiffusion(
         model, base=GivenBase(torch.zeros(12), tril), num_steps=4, architecture=MLP(8, 1, latent_width=3)
     )
-    asked.setup(model, (), {})
+    asked.bind(model)
     assert widths(asked) == (12, 3)
     with pytest.raises(ValueError, match="construct the guide with the architecture"):
         AutoDiffusion(model, num_steps=4, architecture=MLP(256)).load_state_dict(state)
@@ -187,7 +188,7 @@ def test_a_network_that_begins_anew_is_of_the_same_kind(tilt, expected):
     tril[3, 1] = tilt
     model = factor_model(lambda x: -0.5 * x.square().sum(-1), 12)
     guide = AutoDiffusion(model, base=GivenBase(torch.zeros(12), tril), num_steps=4)
-    guide.setup(model, (), {})
+    guide.bind(model)
     v = 3 * torch.randn(2000, 1)
-    assert guide.straighten(torch.cat([v, torch.exp(v / 2) * torch.randn(2000, 11)], 1))
+    assert straighten(guide, torch.cat([v, torch.exp(v / 2) * torch.randn(2000, 11)], 1))
     assert widths(guide) == expected

@@ -127,13 +127,13 @@ def test_a_sampler_moves_what_it_has_chosen():
     sampler.run()
     state = torch.get_rng_state()
     sampler._pool(1000)
-    spent = sampler._counted()
+    spent = sampler._replicas.counted()
     still = sampler.get_samples(1000, correction=DampedResampling())
-    assert sampler._counted() == spent
+    assert sampler._replicas.counted() == spent
     moved = sampler.get_samples(1000, correction=DampedResampling(), moves=LocalMoves(20))
     again = sampler.get_samples(1000, correction=DampedResampling(), moves=LocalMoves(20))
     assert torch.equal(state, torch.get_rng_state())
-    assert sampler._counted().scores == spent.scores + 2 * 1000 * 21
+    assert sampler._replicas.counted().scores == spent.scores + 2 * 1000 * 21
     assert set(moved) == {"mean", "scale"}
     assert bool((moved["scale"] > 0).all())
     assert not torch.equal(still["mean"], moved["mean"])

@@ -55,7 +55,7 @@ def parallel(**options):
 
 
 def counted(sampler):
-    return [vars(replica._density().evaluations) for replica in sampler.replicas]
+    return [vars(replica.density.evaluations) for replica in sampler.replicas]
 
 
 def assert_all_equal(one, other):
@@ -71,7 +71,7 @@ def assert_equal_states(mine, theirs):
     """All that another step, or another draw, depends on."""
     assert books(mine) == books(theirs)
     assert mine.schedule == theirs.schedule
-    one, other = mine._content(), theirs._content()
+    one, other = mine.content(), theirs.content()
     for content in (one, other):
         content["history"] = content["seconds"] = None  # the clock
     assert_same(one, other)
@@ -116,7 +116,7 @@ def test_each_is_what_it_would_be_here(sequential, num_workers):
     pids = []
     sampler = parallel(num_workers=num_workers)
     for replica in sampler.replicas:
-        replica._train = lambda *args, real=replica._train: (pids.append(os.getpid()), real(*args))
+        replica.train = lambda *args, real=replica.train: (pids.append(os.getpid()), real(*args))
     sampler.run(DATA)
     assert pids == []  # none was trained in this process
     assert_all_equal(sampler, sequential)

@@ -174,7 +174,7 @@ def test_weights_at_draws_of_a_guide_written_by_hand():
 def test_weights_of_an_untrained_diffusion_are_those_of_its_base():
     guide = AutoDiffusion(hierarchy, num_steps=64, architecture=MLP(width=8, depth=1), name="untrained")
     density = ModelDensity(hierarchy, (DATA,), {})
-    guide.setup(hierarchy, (DATA,), {})
+    guide.bind(hierarchy, DATA)
     z = density.prior_draws(500)
     log_p = density.log_prob(z)
     found = guide_log_weight(guide, density, z, log_p, (DATA,))
@@ -350,13 +350,13 @@ def sampler():
 
 
 def test_a_good_fit_is_trusted_and_recorded(sampler, tmp_path):
-    before = sampler._density().evaluations.values
+    before = sampler.replicas[0].density.evaluations.values
     samples = sampler.get_samples(100)
     found = sampler.check(stein_draws=100, correction=IndependentMetropolis())
     assert found.level is Trust.TRUST, str(found)
     assert found.findings.acceptance > 0.05
     assert found.findings.probe_density_evaluations > 0
-    assert sampler._density().evaluations.values == before  # counted apart
+    assert sampler.replicas[0].density.evaluations.values == before  # counted apart
     assert torch.equal(sampler.get_samples(100)["t"], samples["t"])
     probed = sampler.probe_result
     assert sampler.check(stein_draws=100, correction=IndependentMetropolis()) == found

@@ -45,12 +45,12 @@ def trained(draws, steps, make=DrawsScoreMatching, lr=3e-3, decay=1.0):
     for _ in range(steps):
         values.append(svi.step())
         optim.step()
-    loss.refit(guide)
+    loss.refit(guide.bind(model))
     return guide, loss, svi, values
 
 
 def weighted(guide, num_draws=8000):
-    return guide.draw_weighted(guide.density(model, (), {}), num_draws)
+    return guide.draw_weighted(guide.bind(model).density, num_draws)
 
 
 # ---------------------------------------------------------------------------------------- does it learn the draws?

@@ -165,7 +165,10 @@ def test_held_out_data_are_looked_at_with_their_own_draws():
     svi, guide, objective = make_svi()
     svi.step(DATA)
     svi.step(DATA)
-    evaluations = guide.density(hierarchy, (DATA,), {}).evaluations
+    evaluations = guide.bind(
+        hierarchy,
+        DATA,
+    ).density.evaluations
     assert evaluations.values == 64
     objective.loss(hierarchy, guide, DATA + 3)
     assert evaluations.values == 128
@@ -188,7 +191,10 @@ def test_evaluations_are_counted_exactly(weighting):
     for step in range(1, 13):
         svi.step(DATA)
         rounds = -(-step // 5)
-        evaluations = guide.density(hierarchy, (DATA,), {}).evaluations
+        evaluations = guide.bind(
+            hierarchy,
+            DATA,
+        ).density.evaluations
         assert evaluations.values == 64 * rounds + inner * step
         assert evaluations.scores == scored * rounds + inner * step
         assert len(objective.history) == rounds
@@ -204,7 +210,13 @@ def test_the_wide_component_is_part_of_the_count():
         pyro.clear_param_store()
         svi, guide, objective = make_svi(covering=WideCovering(share=share))
         svi.step(DATA)
-        assert guide.density(hierarchy, (DATA,), {}).evaluations.values == 64
+        assert (
+            guide.bind(
+                hierarchy,
+                DATA,
+            ).density.evaluations.values
+            == 64
+        )
         (only,) = objective.state.buffer.rounds
         assert only.num_guide == 64 - round(64 * share)
 
@@ -346,7 +358,13 @@ def test_another_guide_begins_afresh():
     assert len(objective.history) == 1
     assert objective.history[0].density_evaluations == 64 + 64  # the look, and the round
     assert objective.state.steps == 1
-    assert guide.density(hierarchy, (DATA,), {}).evaluations.values == 128
+    assert (
+        guide.bind(
+            hierarchy,
+            DATA,
+        ).density.evaluations.values
+        == 128
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -587,8 +605,9 @@ def learn(model, args, lesson, steps):
     for _ in range(steps):
         svi.step(*args)
         optimiser.step()
-    objective.refit(guide, args, {})
-    density = guide.density(model, args, {})
+    bound = guide.bind(model, *args)
+    objective.refit(bound)
+    density = bound.density
     return objective, guide.draw_weighted(density, 8000, args)
 
 

@@ -46,7 +46,7 @@ def untrained():
     guide = AutoDiffusion(
         factor_model(log_prob, 2), base=GivenBase(0.5, 2.5), architecture=MLP(width=16, depth=1), num_steps=8
     )
-    guide.setup(factor_model(log_prob, 2), (), {})
+    guide.bind(factor_model(log_prob, 2))
     return guide.diffusion()
 
 
@@ -127,7 +127,7 @@ def test_the_population_counts_like_a_round_and_a_silent_round_not_at_all():
     assert int(buffer.pick(buffer.weights(), torch.tensor([0.0]))) == 4
 
 
-def sampler(population, budget=3000, **changes):
+def sampler(population, budget=3000, disable_progbar=True, **changes):
     objective = ImportanceWeightedScoreMatching(
         256, steps_per_round=5, batch_size=64, buffer_rounds=2, population=population, **changes
     )
@@ -137,7 +137,7 @@ def sampler(population, budget=3000, **changes):
     )  # fmt: skip
     return DiffusionSampler(
         factor_model(log_prob, 2), guide=guide, objective=objective, stopping=StoppingRule(max_evaluations=budget),
-        disable_progbar=True,
+        disable_progbar=disable_progbar,
     )  # fmt: skip
 
 
@@ -193,14 +193,15 @@ def test_a_saved_run_goes_on_bit_for_bit(tmp_path):
     whole.guide.release()
     part = sampler(settings(), budget=6000)
     # Stop between two rounds, as Ctrl-C does.
-    step, calls = part._step, iter(range(1000))
+    trainer = part.replicas[0]
+    step, calls = trainer.step, iter(range(1000))
 
     def interrupted(*args):
         if next(calls) == 23:
             raise KeyboardInterrupt
         step(*args)
 
-    part._step = interrupted
+    trainer.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         part.run()
     part.save(path)
@@ -253,21 +254,19 @@ def test_only_the_first_round_decides():
 def test_progress_of_the_seeding_is_told():
     torch.manual_seed(4)
     told = []
-    settings(256).seeded(untrained(), FunctionDensity(log_prob, 2), told.append)
+    settings(256).seeded(untrained(), FunctionDensity(log_prob, 2), lambda beta: told.append(beta) or True)
     assert told[0] == 0
     assert told == sorted(told)
     assert told[-1] == 1
 
 
 def test_the_bar_shows_the_seeding(capsys):
-    run = sampler(settings())
-    run.disable_progbar = False
+    run = sampler(settings(), disable_progbar=False)
     run.run()
     shown = capsys.readouterr().err
     assert "seeding, looking for modes" in shown
     assert "seeding, β=1:" in shown
     assert "training:" in shown
-    assert run.objective.on_seeding is None
     run.guide.release()
 
 
@@ -286,7 +285,7 @@ def test_interrupting_the_seeding_leaves_a_state_to_go_on_from(tmp_path, monkeyp
             if beta > 0:
                 for _ in range(presses):
                     signal.raise_signal(signal.SIGINT)
-            progress(beta)
+            return progress(beta)
 
         return seeded(self, process, density, press)
 
