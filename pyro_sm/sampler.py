@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -36,18 +36,16 @@ from pyro_sm.corrections.metropolis import IndependentMetropolis
 from pyro_sm.corrections.per_replica import PerReplica, joined
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.summary import summary_table
-from pyro_sm.diagnostics.verdict.check import (
-    DEFAULT_PROBE,
-    chain_findings,
-    look_elsewhere,
-    pool_findings,
-    probe_findings,
-    probe_progress,
-    stein_findings,
-    training_findings,
-)
+from pyro_sm.diagnostics.verdict.chains import measure_chains
+from pyro_sm.diagnostics.verdict.check import DEFAULT_PROBE, look_elsewhere, probe_progress
+from pyro_sm.diagnostics.verdict.findings import Findings
 from pyro_sm.diagnostics.verdict.probe import Probe, ProbeResult, start_for
-from pyro_sm.diagnostics.verdict.verdict import Findings, Thresholds, Verdict, judge
+from pyro_sm.diagnostics.verdict.probe_findings import ProbeFindings, measure_probe
+from pyro_sm.diagnostics.verdict.stein import measure_stein
+from pyro_sm.diagnostics.verdict.thresholds import Thresholds
+from pyro_sm.diagnostics.verdict.training import measure_training
+from pyro_sm.diagnostics.verdict.verdict import Verdict, judge
+from pyro_sm.diagnostics.verdict.weights import measure_weights
 from pyro_sm.diffusion.covering import default_covering, process_log_weight
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bases import Base
@@ -584,8 +582,8 @@ class DiffusionSampler:
         """Can it be trusted? A verdict with its reasons, to print; :meth:`to_arviz` records it.
 
         The weights, the evidence, the training and the replicas are looked at, and a probe that never saw the guide
-        looks for what it has lost (see ``diagnostics/probe.py``); its evaluations are counted apart, in
-        ``verdict.findings``. What it found is kept for the next call. Ctrl-C leaves everything as it was.
+        looks for what it has lost (see ``diagnostics/verdict/``); its evaluations are counted apart, in
+        ``verdict.findings.probe``. What it found is kept for the next call. Ctrl-C leaves everything as it was.
 
         Args:
             probe: how to look elsewhere; what an earlier look has found; or None not to look.
@@ -599,29 +597,25 @@ class DiffusionSampler:
         """
         pool, density = self._pool(), copy.copy(self._density())
         density.evaluations = Evaluations()
-        findings = training_findings(pool_findings(pool.log_weight), pool.log_weight, self.history)
+        weights, training = measure_weights(pool.log_weight), measure_training(pool.log_weight, self.history)
+        acceptance, chains, found = None, [], None
         if isinstance(correction, IndependentMetropolis):
-            accepted = correction.walk(pool.log_weight, self._generator()).acceptance
-            findings = replace(findings, acceptance=float(accepted.mean()))
+            acceptance = float(correction.walk(pool.log_weight, self._generator()).acceptance.mean())
         if len(self.replicas) > 1:
             index = self._correction(None).apply(pool, 1000 * len(self.replicas), self._generator())
-            findings = chain_findings(findings, [pool.z[index].unflatten(0, (len(self.replicas), 1000))])
+            chains = [pool.z[index].unflatten(0, (len(self.replicas), 1000))]
         with isolated_rng(self.seed + _PROBE_SEED):
-            findings = stein_findings(findings, density, pool.z, pool.log_weight, stein_draws)
+            stein = measure_stein(density, pool.z, pool.log_weight, stein_draws)
             if probe is not None:
-                findings = self._probe(findings, pool, probe, density, thresholds)
+                found = self._probe(pool, probe, density, thresholds)
+        findings = Findings(weights, training, measure_chains(chains, acceptance), stein, found)
         self._verdict = judge(findings, thresholds)
         return self._verdict
 
     def _probe(
-        self,
-        findings: Findings,
-        pool: Draws,
-        probe: Probe | ProbeResult,
-        density: ModelDensity,
-        thresholds: Thresholds | None,
-    ) -> Findings:
-        """``findings`` with what a probe found, and what each replica would have said of its particles."""
+        self, pool: Draws, probe: Probe | ProbeResult, density: ModelDensity, thresholds: Thresholds | None
+    ) -> ProbeFindings:
+        """What a probe found, and what each replica would have said of its particles."""
         args, kwargs = self._data or ((), {})
         with torch.no_grad(), poutine.block():
             processes = [replica.guide.diffusion(args, kwargs) for replica in self.replicas]
@@ -634,7 +628,7 @@ class DiffusionSampler:
                 probe = self.probe_result
             covering = self.objective.covering or default_covering(density)
             weights = [process_log_weight(p, density, covering, probe.z, probe.log_p) for p in processes]
-        return probe_findings(findings, pool.log_weight, probe, weights)
+        return measure_probe(pool.log_weight, probe, weights)
 
     def to_arviz(self, num_samples: int = 4000, *, correction: Correction | None = None, **options: Any) -> Any:
         """``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x); see ``diagnostics/export.py`` for ``options``.

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyro_sm.diagnostics.export import KHAT_THRESHOLD
-from pyro_sm.diagnostics.verdict.verdict import Trust, TrustWarning
+from pyro_sm.diagnostics.verdict.thresholds import KHAT_THRESHOLD
+from pyro_sm.diagnostics.verdict.trust import Trust, TrustWarning
 from pyro_sm.weights import Evidence
 
 LARGE_ERROR = 0.25
