@@ -85,7 +85,9 @@ class Findings:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Findings:
         """Read back from the attributes of a file; others than those written here are passed over."""
-        known = {path: _plain(attributes[name]) for name, path in _ATTRIBUTES.items() if name in attributes}
+        known: dict[str, Any] = {
+            path: _plain(attributes[name]) for name, path in _ATTRIBUTES.items() if name in attributes
+        }
         for whole, kind in _KINDS.items():
             parts = {path: path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == whole}
             if parts:

@@ -397,7 +397,7 @@ def test_a_sampler_that_lost_a_mode_is_not_trusted_and_warns():
         bimodal,
         guide={"base": base},
         budget=640 * 4,
-        objective={"num_particles": 256, "wide": WideCovering(0.1, 1.0)},
+        objective={"num_particles": 256, "covering": WideCovering(0.1, 1.0)},
     )
     sampler.run()
     found = sampler.check()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the lines lie: a finding a little on either side of each is graded differently, and no line is without a pair."""
+"""Where the lines lie: what is a little on either side of one is graded differently, and every line has its pair."""
 
 import dataclasses
 import math
@@ -35,6 +35,14 @@ def halves(gap, se):
     return Findings(WeightFindings(halves=EvidenceDifference(gap, se)))
 
 
+def share(of):
+    return weights(ess=of * MANY, num_draws=MANY)
+
+
+def chains(*args, **changes):
+    return Findings(chains=ChainFindings(*args, **changes))
+
+
 def damped(share):
     return Findings(WeightFindings(num_draws=10_000, ess=share * 10_000), TrainingFindings(0.5))
 
@@ -49,25 +57,13 @@ LINES = {
     "khat": ("k̂ is", weights(khat=0.69, num_draws=MANY), TRUST, weights(khat=0.71, num_draws=MANY), DISTRUST),
     "min_ess": ("effective draws", weights(ess=101.0), CARE, weights(ess=99.0), DISTRUST),
     "good_ess": ("effective draws", weights(ess=401.0), TRUST, weights(ess=399.0), CARE),
-    "ess_share": (
-        "effective draws",
-        weights(ess=5100.0, num_draws=MANY), TRUST,
-        weights(ess=4900.0, num_draws=MANY), CARE,
-    ),
+    "ess_share": ("effective draws", share(0.0051), TRUST, share(0.0049), CARE),
     "undamped": ("was damped", damped(0.31), TRUST, damped(0.29), CARE),
     "deviations": ("of the halves", halves(4.0, 1.0), TRUST, halves(4.1, 1.0), CARE),
     "drift": ("of the halves", halves(-0.049, 0.0), TRUST, halves(-0.051, 0.0), CARE),
-    "rhat": ("R̂ is", Findings(chains=ChainFindings(4, 1.049)), CARE, Findings(chains=ChainFindings(4, 1.051)), DISTRUST),
-    "good_rhat": (
-        "R̂ is",
-        Findings(chains=ChainFindings(4, 1.0099)), TRUST,
-        Findings(chains=ChainFindings(4, 1.0101)), CARE,
-    ),
-    "acceptance": (
-        "Metropolis",
-        Findings(chains=ChainFindings(acceptance=0.051)), TRUST,
-        Findings(chains=ChainFindings(acceptance=0.049)), CARE,
-    ),
+    "rhat": ("R̂ is", chains(4, 1.049), CARE, chains(4, 1.051), DISTRUST),
+    "good_rhat": ("R̂ is", chains(4, 1.0099), TRUST, chains(4, 1.0101), CARE),
+    "acceptance": ("Metropolis", chains(acceptance=0.051), TRUST, chains(acceptance=0.049), CARE),
     "stein_p": ("Stein", Findings(stein=SteinFindings(0.0011)), TRUST, Findings(stein=SteinFindings(0.0009)), CARE),
     "unknown": ("posterior mass", probe(unknown=0.029), CARE, probe(unknown=0.031), DISTRUST),
     "barely_unknown": ("posterior mass", probe(unknown=0.0049), TRUST, probe(unknown=0.0051), CARE),
