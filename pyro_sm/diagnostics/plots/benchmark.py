@@ -33,7 +33,7 @@ _COLOURS = (
 )
 _MARKERS = "osD^vP*X<>"
 _PER_ROW = 4
-_GRID = 160
+_GRID = 160  # points a side of the contours, one for every pixel or two of a panel
 _DEPTH = 8.0  # nats below the highest point of the density that the contours reach
 
 Points = Sequence[tuple[float, float]]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PER_ROW = 6
+_PER_ROW = 6  # panels, as many as a page is wide
 
 
 def plot_calibration(calibrations: Mapping[str, Calibration], *, level: float = 0.95) -> Figure:

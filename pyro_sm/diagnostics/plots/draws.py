@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MAX_POINTS = 2000
-_MAX_VARIABLES = 6
+_MAX_POINTS = 2000  # of a panel: more make a blot, and a large file
+_MAX_VARIABLES = 6  # fifteen panels of pairs: the most that can be read on a page
 
 
 def _group(idata: Any, name: str) -> Any:

@@ -113,7 +113,8 @@ def check_guide(
         guide: its guide; its draws must have a log density.
         *args: what the model is called with.
         probe: how to look elsewhere; what an earlier look has found, to spare its cost; or None not to look.
-        num_draws: of the guide; each costs one density evaluation.
+        num_draws: of the guide; each costs one density evaluation. Sixteen thousand bear a k̂ of .76, beyond what is
+            trusted, and an effective share of 2.5 % leaves the 400 that are wanted.
         stein_draws: of the kernel Stein test, 0 for none; each costs a gradient evaluation.
         seed: of all randomness; the global generators are put back afterwards.
         thresholds: where the lines are drawn.
