@@ -78,7 +78,7 @@ class Probe:
     # in a larger model, and the search for modes stops at two hundred latents already.
     max_dim: int = 300
 
-    # A second run has four times the price. What two cannot tell, a third will not at sixteen times.
+    # A second run has four times the price of the first, a third would have sixteen times.
     num_repeats: int = 1
 
     @property

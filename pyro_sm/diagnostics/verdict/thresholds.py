@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the lines between the grades are drawn, each with its reason.
 
-Every line is pinned by ``tests/diagnostics/verdict/test_thresholds.py``: a finding on either side of it is graded
-differently. Whoever moves one gives the reason here, and runs ``bench assurance``, which counts verdicts that were
-wrong.
+Lines have a source, or the price of an error on either side; those with neither were set so that exact fits pass and
+the failures of ``bench assurance`` do not. Every line is pinned by ``tests/diagnostics/verdict/test_thresholds.py``:
+a finding on either side of it is graded differently. Whoever moves one gives the reason here, and runs that benchmark
+again, which counts verdicts that were wrong.
 
 Sources: "Pareto Smoothed Importance Sampling" https://arxiv.org/abs/1507.02646 ; "Rank-normalization, folding, and
 localization: an improved R̂ for assessing convergence of MCMC" https://arxiv.org/abs/1903.08008 .
