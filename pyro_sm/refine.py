@@ -36,7 +36,9 @@ from pyro_sm.base import Draws, Evaluations
 from pyro_sm.corrections import Correction, ImportanceResampling, NoCorrection
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.guide_draws import draw_from_guide
-from pyro_sm.diagnostics.verdict.verdict import Findings, Verdict, judge
+from pyro_sm.diagnostics.verdict.findings import Findings
+from pyro_sm.diagnostics.verdict.verdict import Verdict, judge
+from pyro_sm.diagnostics.verdict.weights import WeightFindings
 from pyro_sm.guides.prototype import init_to_median_or_origin
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.trace import isolated_rng
@@ -94,7 +96,7 @@ class TemperedPosterior:
         """
         count = len(self.particles.z)
         ess = 1 / min(self.log_evidence_se**2 + 1 / count, 1.0)
-        return judge(Findings(num_draws=count, ess=ess))
+        return judge(Findings(WeightFindings(num_draws=count, ess=ess)))
 
     def to_arviz(
         self,

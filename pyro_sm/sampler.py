@@ -25,25 +25,26 @@ from torch import Tensor
 
 from pyro_sm.base import Arguments, Draws, RoundInfo
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
-from pyro_sm.corrections.metropolis import IndependentMetropolis
 from pyro_sm.corrections.per_replica import PerReplica
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
 from pyro_sm.diagnostics.summary import summary_table
 from pyro_sm.diagnostics.verdict.check import DEFAULT_PROBE
 from pyro_sm.diagnostics.verdict.probe import Probe, ProbeResult
-from pyro_sm.diagnostics.verdict.verdict import Thresholds, Verdict, judge
+from pyro_sm.diagnostics.verdict.thresholds import Thresholds
+from pyro_sm.diagnostics.verdict.verdict import Verdict, judge
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bases import Base
 from pyro_sm.model.trace import isolated_rng
 from pyro_sm.objectives.importance_weighted.objective import ImportanceWeightedScoreMatching
 from pyro_sm.smc.local_moves import LocalMoves
-from pyro_sm.training.check import ProbeRun, findings_of, findings_of_a_look
+from pyro_sm.training.check import Look, ProbeRun, acceptance, examined
 from pyro_sm.training.replicas import Replicas
 from pyro_sm.training.schedule import Schedule, StoppingRule
 from pyro_sm.training.trainer import Trainer
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 _NAMES = itertools.count()
+_DRAWS_PER_CHAIN = 1000  # that R̂ compares: it resolves .01 with a few hundred independent draws of each
 _MOVE_SEED = 32_452_843  # added to the seed: moves are not made with the numbers of training or draws
 # Figures come from a pool of at least so many draws: their k̂ rests on its largest fifth root or so, hundreds of them.
 _LEAST_POOL = 16_000
@@ -273,8 +274,8 @@ class DiffusionSampler:
         """Can it be trusted? A verdict with its reasons, to print; :meth:`to_arviz` records it.
 
         The weights, the evidence, the training and the replicas are looked at, and a probe that never saw the guide
-        looks for what it has lost (see ``diagnostics/probe.py``); its evaluations are counted apart, in
-        ``verdict.findings``. What it found is kept for the next call. Ctrl-C leaves everything as it was.
+        looks for what it has lost (see ``diagnostics/verdict/``); its evaluations are counted apart, in
+        ``verdict.findings.probe``. What it found is kept for the next call. Ctrl-C leaves everything as it was.
 
         Args:
             probe: how to look elsewhere; what an earlier look has found; or None not to look.
@@ -286,17 +287,17 @@ class DiffusionSampler:
         Raises:
             ValueError: nothing has been run yet.
         """
-        pool, generator = self._pool(), self._generator()
-        metropolis = correction if isinstance(correction, IndependentMetropolis) else None
-        found = findings_of(self.replicas, pool, self._correction(None), generator, metropolis=metropolis)
-        found, self._probe_run = findings_of_a_look(
-            found,
+        pool, count, chains = self._pool(), len(self.replicas), []
+        if count > 1:
+            index = self._correction(None).apply(pool, _DRAWS_PER_CHAIN * count, self._generator())
+            chains = [pool.z[index].unflatten(0, (count, _DRAWS_PER_CHAIN))]
+        found, self._probe_run = examined(
             self.replicas,
             pool,
-            probe=probe,
-            known=self._probe_run,
-            stein_draws=stein_draws,
-            thresholds=thresholds,
+            Look(probe, stein_draws, thresholds),
+            self._probe_run,
+            chains=chains,
+            accepted=acceptance(correction, pool.log_weight, self._generator()),
             seed=self.seed,
             disable_progbar=self.disable_progbar,
         )

@@ -466,9 +466,9 @@ def test_particles_as_arviz_data(legacy, tmp_path):
         verdict = check(data)
         assert verdict == run.check()
         assert verdict.level is Trust.CARE
-        assert verdict.findings.khat is None
+        assert verdict.findings.weights.khat is None
         assert any("nothing has looked elsewhere" in reason.finding for reason in verdict.reasons)
-        assert verdict.findings.ess == pytest.approx(particles_worth(run))
+        assert verdict.findings.weights.ess == pytest.approx(particles_worth(run))
     read.close()
 
 

@@ -25,14 +25,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyro_sm.diagnostics.export import KHAT_THRESHOLD
-from pyro_sm.diagnostics.verdict.verdict import Trust, TrustWarning
+from pyro_sm.diagnostics.verdict.thresholds import KHAT_THRESHOLD
+from pyro_sm.diagnostics.verdict.trust import Trust, TrustWarning
 from pyro_sm.weights import Evidence
 
 LARGE_ERROR = 0.25
 """Nats. Where two models have it, the first-order error of a small probability is too small by a tenth already."""
 
-_SAME_DATA = 1e-6  # of the largest value: data that went through float32 are the same data
+_SAME_DATA = 1e-6
+"""Of the largest value: data that went through float32, with its seven digits, are the same data."""
+
+_ERRORS_APART = 2.0
+"""Standard errors of a log Bayes factor, within which the errors leave open which model is best: about 95 %."""
 
 
 class LogBayesFactor(NamedTuple):
@@ -115,7 +119,7 @@ class EvidenceComparison:
                 f"{_probability(model.probability, model.probability_se):>17}"
             )
         first, second = self.models[:2]
-        if second.log_bayes_factor < 2 * second.dse:
+        if second.log_bayes_factor < _ERRORS_APART * second.dse:
             lines.append(f"The errors leave open whether {first.name} or {second.name} is best.")
         lines += [f"Do not trust {model.name}: {model.warning}." for model in self.models if model.warning]
         return "\n".join(lines)

@@ -36,6 +36,17 @@ from pyro_sm.model.density import ModelDensity
 from pyro_sm.stein import IMQ, RadialKernel, stein_test
 
 _CHUNK = 4096
+"""Draws scored at a time, to bound the memory of the model's graph."""
+
+_FEWEST = 10
+"""Draws below which nothing is tested: ten signs have 2⁹ patterns up to a common one, and p resolves to .002."""
+
+_SIGNIFICANT = 0.05
+"""p-value below which the words say "evidence": the convention, and no decision; the value stands beside it."""
+
+_ON_A_LINE = 1e-12
+"""Of the largest variance: directions with less are rounding in float64, and have no scale of their own."""
+
 _BLIND = "It does not see the relative weight of separated modes."
 
 
@@ -57,7 +68,7 @@ class GoodnessOfFit(NamedTuple):
     def __str__(self) -> str:
         verdict = (
             "evidence that they do not come from this posterior"
-            if self.p_value < 0.05
+            if self.p_value < _SIGNIFICANT
             else "no evidence that they do not come from this posterior"
         )
         return (
@@ -99,8 +110,8 @@ def stein_goodness_of_fit(
         TypeError: ``source`` is none of these, or a guide without a density.
         ModelRefusedError: the model cannot be evaluated in batches.
     """
-    if num_draws < 10:
-        raise ValueError(f"expected num_draws >= 10, found {num_draws}")
+    if num_draws < _FEWEST:
+        raise ValueError(f"expected num_draws >= {_FEWEST}, found {num_draws}")
     density = ModelDensity(model, args, kwargs)
     values = _site_values(source, density)
     if values is None:
@@ -114,7 +125,7 @@ def stein_goodness_of_fit(
         z, score = z[:, ::step], score[:, ::step]
         flip = 0.5 / _slowest(z, score)
     z, score = z.reshape(-1, density.dim), score.reshape(-1, density.dim)
-    if len(z) < 10:
+    if len(z) < _FEWEST:
         raise ValueError(f"expected at least ten draws, found {len(z)} (less correlated ones, of a Markov chain)")
     if whiten:
         z, score = _whitened(z, score)
@@ -190,7 +201,7 @@ def _whitened(z: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     covariance = centred.T @ centred / len(z)
     eigenvalue, eigenvector = torch.linalg.eigh(covariance)
     # Fewer draws than latents, or draws on a line, leave directions without a scale: they get the smallest there is.
-    floor = eigenvalue[eigenvalue > 1e-12 * eigenvalue.max()].min()
+    floor = eigenvalue[eigenvalue > _ON_A_LINE * eigenvalue.max()].min()
     root = eigenvector * eigenvalue.clamp(min=floor).sqrt()
     return centred @ (eigenvector / eigenvalue.clamp(min=floor).sqrt()), score @ root
 

@@ -113,7 +113,7 @@ def test_chains_are_replicas(three):
         assert {tuple(row) for row in samples[chain].tolist()} <= own
     assert idata.posterior.attrs["density_evaluations"] > 3 * 640
     assert "in each of 3 replicas" in idata.posterior.attrs["correction"]
-    assert check(idata).findings.rhat == pytest.approx(
+    assert check(idata).findings.chains.rhat == pytest.approx(
         float(az.rhat(idata, method="split").to_array().max()), abs=0.02
     )
 
@@ -229,7 +229,7 @@ def test_replicas_that_agree_are_trusted_even_without_a_probe():
     sampler = four()
     sampler.run()
     found = sampler.check(probe=None)
-    assert found.findings.rhat < 1.01
+    assert found.findings.chains.rhat < 1.01
     assert found.level is Trust.TRUST, str(found)
     assert check(sampler.to_arviz(4000)) == found
 
@@ -242,7 +242,7 @@ def test_one_replica_that_lost_a_mode_is_seen():
     sampler.run()
     assert blind.khat < 0.7  # its weights see nothing
     found = sampler.check(probe=None)
-    assert found.findings.rhat > 1.1
+    assert found.findings.chains.rhat > 1.1
     assert found.level is Trust.DISTRUST
     with pytest.warns(TrustWarning, match="R̂"):
         idata = sampler.to_arviz(4000)

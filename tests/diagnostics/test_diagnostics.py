@@ -29,7 +29,7 @@ from pyro.infer.autoguide import (
 from pyro_sm import diagnostics
 from pyro_sm.base import Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.corrections import NoCorrection
-from pyro_sm.diagnostics import Provenance, draw_from_guide, draws_to_arviz, export, to_arviz
+from pyro_sm.diagnostics import Provenance, arviz_lines, draw_from_guide, draws_to_arviz, to_arviz
 from pyro_sm.gaussians.gaussian import gaussian_log_prob
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.weights import evidence
@@ -287,14 +287,14 @@ def test_weights_too_few_to_judge_are_called_so():
 def test_the_line_of_arviz_is_read_off_its_version(monkeypatch, versions, legacy):
     def version(package):
         if package not in versions:
-            raise export.importlib.metadata.PackageNotFoundError(package)
+            raise arviz_lines.importlib.metadata.PackageNotFoundError(package)
         return versions[package]
 
-    monkeypatch.setattr(export.importlib.metadata, "version", version)
-    assert export.installed_arviz_is_legacy() is legacy
+    monkeypatch.setattr(arviz_lines.importlib.metadata, "version", version)
+    assert arviz_lines.installed_arviz_is_legacy() is legacy
     versions.clear()
     with pytest.raises(ImportError, match="pip install arviz"):
-        export.installed_arviz_is_legacy()
+        arviz_lines.installed_arviz_is_legacy()
 
 
 # ---------------------------------------------------------------------------------- names of dimensions

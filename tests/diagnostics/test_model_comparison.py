@@ -15,9 +15,18 @@ import xarray
 
 import pyro_sm
 from pyro_sm.base import Draws
-from pyro_sm.diagnostics import Provenance, TrustWarning, compare_evidence, draws_to_arviz
+from pyro_sm.diagnostics import (
+    Findings,
+    ProbeFindings,
+    Provenance,
+    TrustWarning,
+    Unknown,
+    WeightFindings,
+    compare_evidence,
+    draws_to_arviz,
+    judge,
+)
 from pyro_sm.diagnostics.evidence import LARGE_ERROR, posterior_probabilities
-from pyro_sm.diagnostics.verdict.verdict import Findings, judge
 from pyro_sm.gaussians.gaussian import gaussian_log_prob
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.weights import Evidence, evidence
@@ -31,6 +40,7 @@ X = torch.tensor([-1.2, -0.4, 0.1, 0.9, 1.7, 2.2], dtype=torch.float64)
 Y = torch.tensor([-0.8, 0.3, 0.6, 1.1, 2.9, 2.4], dtype=torch.float64)
 SCALE = 0.7
 PROVENANCE = Provenance("by hand", 0, 1, 1)
+GOOD_WEIGHTS = WeightFindings(num_draws=4000, khat=0.1, ess=3000.0)
 
 
 def columns(name: str) -> torch.Tensor:
@@ -195,10 +205,10 @@ def test_weights_that_cannot_be_judged_are_called_so(value):
 
 
 def test_a_bad_verdict_is_remembered():
-    bad = judge(Findings(num_draws=4000, khat=0.1, ess=3000, probe_failure="", unknown=0.5, unknown_se=0.01))
+    bad = judge(Findings(GOOD_WEIGHTS, probe=ProbeFindings("", unknown=Unknown(0.5, 0.01))))
     with pytest.warns(TrustWarning, match="do not trust"):
         lost = export(regression, (columns("parabola"), Y), verdict=bad)
-    care = export(regression, (columns("line"), Y), verdict=judge(Findings(num_draws=4000, khat=0.1, ess=3000)))
+    care = export(regression, (columns("line"), Y), verdict=judge(Findings(GOOD_WEIGHTS)))
     assert care.posterior.attrs["verdict"] == "use with care"
     with pytest.warns(TrustWarning, match="of 'parabola': the verdict on its draws is 'do not trust'") as said:
         compare_evidence({"line": care, "parabola": lost})

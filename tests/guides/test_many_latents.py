@@ -352,7 +352,7 @@ def test_many_latents_with_refused_weights_are_refused_at_once():
     sampler.run()  # kernels fitted to 128 draws of 301 latents: weights that are no good
     verdict = sampler.check()
     assert verdict.level is Trust.DISTRUST
-    assert verdict.findings.probe_density_evaluations == 0
+    assert verdict.findings.probe.evaluations.values == 0
     assert "301 latents are more than the 300" in str(verdict)
 
 

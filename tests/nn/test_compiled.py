@@ -12,6 +12,7 @@ from pyro.optim import Adam
 from samplers import DATA, hierarchy
 
 from pyro_sm import AutoDiffusion, DiffusionSampler, ImportanceWeightedScoreMatching, PyroSMWarning, StoppingRule
+from pyro_sm.base import Arguments
 from pyro_sm.divergence import Exact
 from pyro_sm.nn.compiled import CompiledNetwork
 from pyro_sm.nn.egnn import EGNN

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 
 _PER_BIN, _MOST_BINS = 5, 20
+"""χ² is asymptotic, and five expected counts a bin are the usual least (Cochran's rule); more than twenty bins would
+spread a smooth departure over so many degrees of freedom that the test no longer sees it."""
 
 
 class Band(NamedTuple):

@@ -295,7 +295,7 @@ class Calibration(NamedTuple):
         return Calibration({name: np.array([one.ranks[name] for one in done]) for name in done[0].ranks}, num_draws)
 
     def tests(self) -> dict[str, Uniformity]:
-        """By test quantity."""
+        """Whether the ranks of each test quantity are uniform, by its name."""
         return {name: uniformity(ranks, self.num_draws) for name, ranks in self.ranks.items()}
 
     def smallest(self) -> tuple[str, float]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_sm.diagnostics.plots.draws import _new_figure, _tidy
+from pyro_sm.diagnostics.plots.figure import BLUE, GREY, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,9 +32,8 @@ _COLOURS = (
     "#666666",
 )
 _MARKERS = "osD^vP*X<>"
-_BLUE, _GREY = "#0072B2", "#666666"
 _PER_ROW = 4
-_GRID = 160
+_GRID = 160  # points a side of the contours, one for every pixel or two of a panel
 _DEPTH = 8.0  # nats below the highest point of the density that the contours reach
 
 Points = Sequence[tuple[float, float]]
@@ -62,7 +61,7 @@ def plot_samples_over_contours(
     count = len(panels)
     columns = min(count, _PER_ROW)
     rows = -(-count // columns)
-    figure = _new_figure(2.6 * columns + 0.2, 2.8 * rows + 0.4)
+    figure = new_figure(2.6 * columns + 0.2, 2.8 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     first = next(iter(panels.values()))
     low, high = np.quantile(first, 0.001, axis=0), np.quantile(first, 0.999, axis=0)
@@ -73,8 +72,8 @@ def plot_samples_over_contours(
     height = log_prob(grid.reshape(-1, 2)).reshape(_GRID, _GRID)
     levels = float(np.nanmax(height)) - np.linspace(_DEPTH, 0.5, 6)
     for ax, (name, draws) in zip(axes, panels.items(), strict=False):
-        ax.contour(x, y, height, levels=levels, colors=_GREY, linewidths=0.5, linestyles="solid")
-        ax.plot(draws[:, 0], draws[:, 1], ".", color=_BLUE, markersize=2.2, alpha=0.4, markeredgewidth=0)
+        ax.contour(x, y, height, levels=levels, colors=GREY, linewidths=0.5, linestyles="solid")
+        ax.plot(draws[:, 0], draws[:, 1], ".", color=BLUE, markersize=2.2, alpha=0.4, markeredgewidth=0)
         outside = float(((draws < low) | (draws > high)).any(1).mean())
         note = f", {100 * outside:.1f} % outside" if outside > 0.005 else ""
         ax.set_title(f"{name}{note}", loc="left", fontsize="small")
@@ -111,13 +110,13 @@ def plot_error_against_evaluations(
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _new_figure(6.6, 4.0)
+    figure = new_figure(6.6, 4.0)
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     ax = figure.add_subplot()
     _draw_series(ax, series)
     if floor is not None and floor > 0:
-        ax.axhline(floor, color=_GREY, linestyle=":", label="exact draws")
+        ax.axhline(floor, color=GREY, linestyle=":", label="exact draws")
     ax.set_xscale("log")
     values = [y for points in series.values() for _, y in points if np.isfinite(y)]
     if values and min(values) > 0:
@@ -133,7 +132,7 @@ def plot_error_against_evaluations(
     ax.set_ylabel(ylabel)
     ax.set_title(title, loc="left", fontweight="bold")
     ax.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _tidy(ax)
+    tidy(ax)
     return figure
 
 
@@ -150,7 +149,7 @@ def plot_against_dimension(
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure = _new_figure(9.6, 4.0)
+    figure = new_figure(9.6, 4.0)
     left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys([*evidence_error, *effective_share]))
     both = [*effective_share.values(), *evidence_error.values()]
@@ -167,7 +166,7 @@ def plot_against_dimension(
         ax.set_yscale("log")
         ax.set_xlabel("dimension")
         ax.set_ylabel(label)
-        _tidy(ax)
+        tidy(ax)
     right.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontweight="bold")
     return figure
@@ -187,7 +186,7 @@ def plot_energies(energies: Mapping[str, np.ndarray], *, title: str = "") -> Fig
     finite = {name: e[np.isfinite(e)] for name, e in energies.items()}
     if not any(len(e) for e in finite.values()):
         raise ValueError("expected finite energies of at least one method, found none")
-    figure = _new_figure(6.6, 4.0)
+    figure = new_figure(6.6, 4.0)
     ax = figure.add_subplot()
     low = min(float(np.quantile(e, 0.001)) for e in finite.values() if len(e))
     # The best sampler sets the range: energies of bad ones can be of any size.
@@ -203,5 +202,5 @@ def plot_energies(energies: Mapping[str, np.ndarray], *, title: str = "") -> Fig
     ax.set_ylabel("density")
     ax.set_title(title, loc="left", fontweight="bold")
     ax.legend(fontsize="small", frameon=False)
-    _tidy(ax)
+    tidy(ax)
     return figure

@@ -14,14 +14,13 @@ import numpy as np
 
 from pyro_sm.diagnostics.calibration.rank_uniformity import Band, Uniformity, ecdf_difference, simultaneous_band
 from pyro_sm.diagnostics.calibration.simulation import Calibration
-from pyro_sm.diagnostics.plots.draws import _new_figure, _tidy
+from pyro_sm.diagnostics.plots.figure import BLUE, GREY, RED, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#666666"
-_PER_ROW = 6
+_PER_ROW = 6  # panels, as many as a page is wide
 
 
 def plot_calibration(calibrations: Mapping[str, Calibration], *, level: float = 0.95) -> Figure:
@@ -39,7 +38,7 @@ def plot_calibration(calibrations: Mapping[str, Calibration], *, level: float = 
         raise ValueError("expected at least one calibration, found none")
     rows = [-(-len(one.ranks) // _PER_ROW) for one in calibrations.values()]
     columns = min(_PER_ROW, max(len(one.ranks) for one in calibrations.values()))
-    figure = _new_figure(1.75 * columns + 0.7, 1.6 * sum(rows) + 0.6 * len(rows))
+    figure = new_figure(1.75 * columns + 0.7, 1.6 * sum(rows) + 0.6 * len(rows))
     blocks = figure.subfigures(len(rows), 1, height_ratios=[n + 0.3 for n in rows], squeeze=False)[:, 0]
     for block, count, (title, one) in zip(blocks, rows, calibrations.items(), strict=True):
         axes = block.subplots(count, columns, squeeze=False, sharex=True, sharey=True).ravel()
@@ -61,13 +60,13 @@ def plot_calibration(calibrations: Mapping[str, Calibration], *, level: float = 
 
 
 def _draw(ax: Axes, name: str, difference: np.ndarray, band: Band, test: Uniformity, level: float) -> None:
-    colour = _RED if test.p_value <= 1 - level else _BLUE
+    colour = RED if test.p_value <= 1 - level else BLUE
     at = np.concatenate([[0.0], band.at, [1.0]])
     lower, upper, curve = (np.concatenate([[0.0], y, [0.0]]) for y in (band.lower, band.upper, difference))
-    ax.fill_between(at, lower, upper, color=_GREY, alpha=0.2, linewidth=0)
-    ax.axhline(0, color=_GREY, linewidth=0.8, linestyle=":")
+    ax.fill_between(at, lower, upper, color=GREY, alpha=0.2, linewidth=0)
+    ax.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
     ax.plot(at, curve, color=colour, linewidth=1.4)
     ax.set_title(f"{name}, p = {test.p_value:.2g}", loc="left", fontsize="small", color=colour)
     ax.set_xticks([0, 0.5, 1], labels=["0", "½", "1"])
     ax.tick_params(labelsize="x-small")
-    _tidy(ax)
+    tidy(ax)

@@ -15,30 +15,16 @@ import numpy as np
 import torch
 
 from pyro_sm.base import RoundInfo
-from pyro_sm.diagnostics.export import KHAT_THRESHOLD
+from pyro_sm.diagnostics.plots.figure import BLUE, GREEN, GREY, ORANGE, RED, new_figure, tidy
+from pyro_sm.diagnostics.verdict.thresholds import KHAT_THRESHOLD
 from pyro_sm.weights import effective_sample_size, pareto_smooth, upper_tail
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision.
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-_MAX_POINTS = 2000
-_MAX_VARIABLES = 6
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches.
-
-    Raises:
-        ImportError: matplotlib is missing; the message names the extra.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'pyro_sm[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+_MAX_POINTS = 2000  # of a panel: more make a blot, and a large file
+_MAX_VARIABLES = 6  # fifteen panels of pairs: the most that can be read on a page
 
 
 def _group(idata: Any, name: str) -> Any:
@@ -52,12 +38,6 @@ def _group(idata: Any, name: str) -> Any:
         raise ValueError(f"expected results with the group {name!r}, found only {', '.join(filter(None, groups))}")
     group = idata[name]
     return group.to_dataset() if hasattr(group, "to_dataset") else group
-
-
-def _tidy(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -89,7 +69,7 @@ def plot_training(history: Any, ax: Sequence[Axes] | None = None) -> Figure:
     columns = _history_columns(history)
     axes: Sequence[Axes]
     if ax is None:
-        figure = _new_figure(7.0, 6.6)
+        figure = new_figure(7.0, 6.6)
         axes = list(figure.subplots(3, 1, sharex=True))
     else:
         axes = list(ax)
@@ -97,8 +77,8 @@ def plot_training(history: Any, ax: Sequence[Axes] | None = None) -> Figure:
             raise ValueError(f"expected three axes, found {len(axes)}")
         figure = axes[0].figure  # type: ignore[assignment]
     x = columns["density_evaluations"]
-    axes[0].plot(x, columns["gamma"], "-o", color=_BLUE, markersize=4)
-    axes[0].axhline(1, color=_GREY, linestyle=":", linewidth=1)
+    axes[0].plot(x, columns["gamma"], "-o", color=BLUE, markersize=4)
+    axes[0].axhline(1, color=GREY, linestyle=":", linewidth=1)
     axes[0].set_ylim(0, 1.08)
     axes[0].set_ylabel("damping γ\n(1: the posterior itself)")
     _draw_trust(axes[1], x, columns["ess"], columns["khat"])
@@ -107,7 +87,7 @@ def plot_training(history: Any, ax: Sequence[Axes] | None = None) -> Figure:
     axes[2].xaxis.set_major_formatter("{x:,.0f}")
     axes[0].set_title("Training", loc="left", fontweight="bold")
     for panel in axes:
-        _tidy(panel)
+        tidy(panel)
     figure.align_ylabels(axes)
     return figure
 
@@ -116,11 +96,11 @@ def _draw_trust(ax: Axes, x: np.ndarray, ess: np.ndarray, khat: np.ndarray) -> N
     """Effective share on a log scale; rounds whose weights cannot be trusted are open and red."""
     good = khat <= KHAT_THRESHOLD
     ess = np.where(ess > 0, ess, np.nan)
-    ax.plot(x, ess, color=_BLUE, zorder=1)
-    ax.scatter(x[good], ess[good], s=22, color=_BLUE, zorder=2, label=f"k̂ ≤ {KHAT_THRESHOLD}: trusted")
+    ax.plot(x, ess, color=BLUE, zorder=1)
+    ax.scatter(x[good], ess[good], s=22, color=BLUE, zorder=2, label=f"k̂ ≤ {KHAT_THRESHOLD}: trusted")
     if not good.all():
         ax.scatter(
-            x[~good], ess[~good], s=26, zorder=2, facecolor="white", edgecolor=_RED, linewidth=1.4,
+            x[~good], ess[~good], s=26, zorder=2, facecolor="white", edgecolor=RED, linewidth=1.4,
             label=f"k̂ > {KHAT_THRESHOLD}: not to be trusted",
         )  # fmt: skip
     ax.set_yscale("log")
@@ -135,12 +115,12 @@ def _draw_evidence(ax: Axes, x: np.ndarray, value: np.ndarray, error: np.ndarray
     ok = np.isfinite(value)
     error = np.where(np.isfinite(error), error, 0.0)
     last = float(value[ok][-1]) if ok.any() else math.nan
-    ax.fill_between(x[ok], (value - error)[ok], (value + error)[ok], color=_GREEN, alpha=0.25, linewidth=0)
+    ax.fill_between(x[ok], (value - error)[ok], (value + error)[ok], color=GREEN, alpha=0.25, linewidth=0)
     ax.plot(
         x[ok],
         value[ok],
         "-o",
-        color=_GREEN,
+        color=GREEN,
         markersize=4,
         label=f"estimate ± standard error (last: {last:.2f})",
     )
@@ -154,7 +134,7 @@ def _draw_evidence(ax: Axes, x: np.ndarray, value: np.ndarray, error: np.ndarray
         for outside, edge, marker in ((below, low - margin, "v"), (above, high + margin, "^")):
             if outside.any():
                 line = ax.plot(x[outside], np.full(outside.sum(), edge), marker, label="off the scale")[0]
-                line.set(color=_GREEN, markerfacecolor="white", markersize=7, clip_on=False)
+                line.set(color=GREEN, markerfacecolor="white", markersize=7, clip_on=False)
     _legend_above(ax)
 
 
@@ -209,7 +189,7 @@ def plot_raw_vs_weighted(
     shown = [s for s, _ in zip(_scalars(raw, var_names), range(max_variables), strict=False)]
     size = len(shown)
     side = max(1.7 * size, 3.6)
-    figure = _new_figure(side + 0.6, side + 0.9)
+    figure = new_figure(side + 0.6, side + 0.9)
     grid = np.atleast_2d(figure.subplots(size, size, sharex="col", squeeze=False))
     columns = [(_column(raw, name, i), _column(weighted, name, i)) for _, name, i in shown]
     limits = [_limits(*pair) for pair in columns]
@@ -223,7 +203,7 @@ def plot_raw_vs_weighted(
             if row == col:
                 _draw_marginal(ax, *columns[row], limits[row])
             else:
-                for values, colour in ((0, _ORANGE), (1, _BLUE)):
+                for values, colour in ((0, ORANGE), (1, BLUE)):
                     x, y = _thin(columns[col][values]), _thin(columns[row][values])
                     ax.plot(
                         x,
@@ -236,7 +216,7 @@ def plot_raw_vs_weighted(
                         rasterized=True,
                     )
                 ax.set_ylim(*limits[row])
-                _tidy(ax)
+                tidy(ax)
             _label(ax, row, col, size, [label for label, _, _ in shown])
     _corner_legend(figure, weighted)
     return figure
@@ -258,7 +238,7 @@ def _limits(raw: np.ndarray, weighted: np.ndarray) -> tuple[float, float]:
 def _draw_marginal(ax: Axes, raw: np.ndarray, weighted: np.ndarray, limits: tuple[float, float]) -> None:
     bins = np.linspace(*limits, 41)
     width = bins[1] - bins[0]
-    for values, colour, filled in ((raw, _ORANGE, True), (weighted, _BLUE, False)):
+    for values, colour, filled in ((raw, ORANGE, True), (weighted, BLUE, False)):
         density = np.histogram(values, bins)[0] / (len(values) * width)
         ax.stairs(
             density,
@@ -293,8 +273,8 @@ def _corner_legend(figure: Figure, weighted: Any) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor=_ORANGE, alpha=0.5, label="guide, raw draws"),
-        Patch(facecolor=_BLUE, alpha=0.8, label="posterior, weighted draws"),
+        Patch(facecolor=ORANGE, alpha=0.5, label="guide, raw draws"),
+        Patch(facecolor=BLUE, alpha=0.8, label="posterior, weighted draws"),
     ]
     khat, share = weighted.attrs.get("pareto_khat", math.nan), weighted.attrs.get("importance_ess", math.nan)
     figure.legend(
@@ -324,7 +304,7 @@ def plot_khat(idata: Any, ax: Axes | None = None) -> Figure:
     khat = pareto_smooth(log_w).khat
     if not math.isfinite(khat):
         raise ValueError(f"expected weights with a tail to fit, found a Pareto k̂ of {khat}")
-    figure = _new_figure(6.4, 4.6) if ax is None else ax.figure
+    figure = new_figure(6.4, 4.6) if ax is None else ax.figure
     ax = figure.add_subplot() if ax is None else ax  # type: ignore[union-attr]
     n = log_w.shape[0]
     # weights in units of their mean, by size; the i-th largest is reached or exceeded by a share i/N
@@ -335,11 +315,11 @@ def plot_khat(idata: Any, ax: Axes | None = None) -> Figure:
     m = tail.position.shape[0]
     cut = tail.cut * math.exp(tail.log_scale - log_mean)
     shown = slice(0, min(n, 12 * m))
-    ax.plot(w[shown], share[shown], ".", color=_GREY, markersize=3, label="weights")
-    ax.plot(w[:m], share[:m], ".", color=_BLUE, markersize=5, label=f"largest {m}: the tail")
+    ax.plot(w[shown], share[shown], ".", color=GREY, markersize=3, label="weights")
+    ax.plot(w[:m], share[:m], ".", color=BLUE, markersize=5, label=f"largest {m}: the tail")
     x = np.geomspace(cut * 1.0001, w[0] * 3, 200)
     for k, colour, style, label in (
-        (khat, _RED if khat > KHAT_THRESHOLD else _GREEN, "-", f"Pareto fit, k̂ = {khat:.2f}"),
+        (khat, RED if khat > KHAT_THRESHOLD else GREEN, "-", f"Pareto fit, k̂ = {khat:.2f}"),
         (KHAT_THRESHOLD, "black", "--", f"limit, k = {KHAT_THRESHOLD}"),
     ):
         # same median exceedance for both, so that the lines differ by their shape alone
@@ -347,7 +327,7 @@ def plot_khat(idata: Any, ax: Axes | None = None) -> Figure:
         inside = np.maximum(1 + k * (x - cut) / scale, 0.0)
         survival = m / n * np.where(inside > 0, inside, np.nan) ** (-1 / k)
         ax.plot(x, survival, style, color=colour, label=label)
-    ax.axvline(cut, color=_GREY, linestyle=":", linewidth=1)
+    ax.axvline(cut, color=GREY, linestyle=":", linewidth=1)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_ylim(0.4 / n, 1.5 * share[shown][-1])
@@ -364,5 +344,5 @@ def plot_khat(idata: Any, ax: Axes | None = None) -> Figure:
     ax.legend(
         title=f"effective sample size {100 * ess:.2g} % of {n:,} draws", fontsize="small", title_fontsize="small"
     )
-    _tidy(ax)
+    tidy(ax)
     return figure  # type: ignore[return-value]

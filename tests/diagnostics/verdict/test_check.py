@@ -32,8 +32,18 @@ from pyro_sm import (
 )
 from pyro_sm.base import Evaluations, RoundInfo
 from pyro_sm.corrections import IndependentMetropolis
-from pyro_sm.diagnostics import Findings, ProbeResult, Thresholds, draw_from_guide, guide_log_weight
-from pyro_sm.diagnostics.verdict.check import chain_findings, look_elsewhere, pool_findings, training_findings
+from pyro_sm.diagnostics import (
+    ChainFindings,
+    ProbeResult,
+    Thresholds,
+    TrainingFindings,
+    draw_from_guide,
+    guide_log_weight,
+)
+from pyro_sm.diagnostics.verdict.chains import markov_ess, measure_chains
+from pyro_sm.diagnostics.verdict.check import look_elsewhere
+from pyro_sm.diagnostics.verdict.training import measure_training
+from pyro_sm.diagnostics.verdict.weights import measure_weights
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.smc import PriorStart, TemperedSMC
@@ -82,12 +92,12 @@ def judged(model, guide, *args, **options):
 def test_a_good_guide_is_trusted_and_a_lost_mode_is_not():
     good = judged(bimodal, two_modes_guide(0.5, 0.5), stein_draws=200)
     assert good.level is Trust.TRUST, str(good)
-    assert good.findings.stein_p is not None
+    assert good.findings.stein is not None
     lost = judged(bimodal, two_modes_guide(1.0), stein_draws=200)
     assert lost.level is Trust.DISTRUST
-    assert lost.findings.khat < 0.7 < lost.findings.ess / 4000
-    assert lost.findings.unknown == pytest.approx(0.3, abs=0.1)
-    assert lost.findings.probe_gap == pytest.approx(-math.log(0.7), abs=0.15)
+    assert lost.findings.weights.khat < 0.7 < lost.findings.weights.ess / 4000
+    assert lost.findings.probe.unknown.share == pytest.approx(0.3, abs=0.1)
+    assert lost.findings.probe.gap.gap == pytest.approx(-math.log(0.7), abs=0.15)
     blind = judged(bimodal, two_modes_guide(1.0), probe=None)
     assert all(r.level is Trust.TRUST for r in blind.reasons if "nothing has looked elsewhere" not in r.finding)
     assert blind.level is Trust.CARE
@@ -124,8 +134,8 @@ def test_pyros_gaussians_on_sixteen_modes_are_not_trusted(auto):
         svi.step()
     found = judged(model, guide)
     assert found.level is Trust.DISTRUST
-    assert found.findings.khat < 0.7
-    assert found.findings.unknown == pytest.approx(1 - 0.8**3 * 0.2, abs=0.05)
+    assert found.findings.weights.khat < 0.7
+    assert found.findings.probe.unknown.share == pytest.approx(1 - 0.8**3 * 0.2, abs=0.05)
 
 
 def test_the_probe_can_be_used_again():
@@ -134,7 +144,7 @@ def test_the_probe_can_be_used_again():
     good = judged(bimodal, two_modes_guide(0.5, 0.5), probe=probed)
     lost = judged(bimodal, two_modes_guide(1.0), probe=probed)
     assert (good.level, lost.level) == (Trust.TRUST, Trust.DISTRUST)
-    assert good.findings.probe_density_evaluations == density.evaluations.values
+    assert good.findings.probe.evaluations.values == density.evaluations.values
 
 
 def test_checking_leaves_the_generators_alone():
@@ -191,7 +201,7 @@ def test_weights_of_a_guide_with_more_randomness_are_not_known():
     density = ModelDensity(positive, (Y,), {})
     assert guide_log_weight(guide, density, torch.zeros(3, 1), torch.zeros(3), (Y,)) is None
     found = judged(positive, guide, Y)
-    assert found.findings.unknown is None
+    assert found.findings.probe.unknown is None
     assert any("density there is not known" in text for text in found.unchecked)
 
 
@@ -199,22 +209,22 @@ def test_weights_of_a_guide_with_more_randomness_are_not_known():
 
 
 def test_halves_agree_for_good_weights_and_not_for_heavy_ones():
-    good = pool_findings(torch.randn(10_000))
-    assert abs(good.halves_gap) < 4 * good.halves_se
+    good = measure_weights(torch.randn(10_000)).halves
+    assert abs(good.gap) < 4 * good.se
     one = torch.randn(10_000)
     one[17] = 30.0
-    assert abs(pool_findings(one).halves_gap) > 10
+    assert abs(measure_weights(one).halves.gap) > 10
 
 
 def test_a_drift_since_the_last_rounds():
     pool = 0.1 * torch.randn(1000)
     rounds = [RoundInfo(i, 1.0, 0.5, 0.3, value, 0.02, 0.1, i, 0, 0.0) for i, value in enumerate((-9.0, 0, 0, 0))]
-    steady = training_findings(Findings(), pool, rounds)
-    assert abs(steady.rounds_gap) < 0.05
-    assert steady.rounds_se == pytest.approx(0.02 / 3**0.5, rel=0.1)
-    drifted = training_findings(Findings(), pool, [info._replace(log_evidence=-1.0) for info in rounds])
-    assert drifted.rounds_gap == pytest.approx(1.0, abs=0.05)
-    assert training_findings(Findings(), pool, ()) == Findings()
+    steady = measure_training(pool, rounds).drift
+    assert abs(steady.gap) < 0.05
+    assert steady.se == pytest.approx(0.02 / 3**0.5, rel=0.1)
+    drifted = measure_training(pool, [info._replace(log_evidence=-1.0) for info in rounds])
+    assert drifted.drift.gap == pytest.approx(1.0, abs=0.05)
+    assert measure_training(pool, ()) is None
 
 
 def test_the_untrained_guides_round_is_no_sign_of_drift():
@@ -224,24 +234,28 @@ def test_the_untrained_guides_round_is_no_sign_of_drift():
         RoundInfo(i, gamma, 0.5, 0.3, log_z, 0.02, 0.1, i, 0, 0.0)
         for i, gamma, log_z in ((1, 0.1, -90.0), (2, 1.0, 0.0))
     )
-    found = training_findings(Findings(), pool, [first, second])
-    assert abs(found.rounds_gap) < 0.05
+    found = measure_training(pool, [first, second])
+    assert abs(found.drift.gap) < 0.05
     assert found.gamma == 1.0
-    begun = training_findings(Findings(), pool, [first])
-    assert (begun.rounds_gap, begun.gamma) == (None, 0.1)
+    assert measure_training(pool, [first]) == TrainingFindings(0.1)
 
 
 def test_chains():
     mixed = torch.randn(4, 500, 3)
-    assert chain_findings(Findings(), [mixed]).rhat < 1.01
-    found = chain_findings(Findings(), [mixed, mixed + torch.arange(4.0)[:, None, None]], with_ess=True)
+    assert measure_chains([mixed]).rhat < 1.01
+    both = [mixed, mixed + torch.arange(4.0)[:, None, None]]
+    found = measure_chains(both, 0.4)
     assert found.rhat > 1.1
-    assert found.ess < 100
+    assert markov_ess(both) < 100
+    assert found.acceptance == 0.4
     assert found.num_chains == 4
     stuck = torch.arange(4.0)[:, None].expand(4, 500)
-    assert chain_findings(Findings(), [stuck]).rhat == math.inf
-    assert chain_findings(Findings(), [torch.zeros(4, 500)]).rhat is None
-    assert chain_findings(Findings(), [torch.zeros(4, 3)]) == Findings()
+    assert measure_chains([stuck]).rhat == math.inf
+    assert measure_chains([torch.zeros(4, 500)]) == ChainFindings(4)
+    assert markov_ess([torch.zeros(4, 500)]) is None
+    assert measure_chains([mixed[:1]]) == ChainFindings(1)
+    assert measure_chains([torch.zeros(4, 3)]) is None
+    assert measure_chains([], 0.4) == ChainFindings(acceptance=0.4)
 
 
 # --------------------------------------------------------------------------------------------------- a second look
@@ -336,8 +350,8 @@ def test_a_second_look_is_recorded():
     probe = Probe(TemperedSMC(32, 1), modes=None)
     once = judged(bimodal, two_modes_guide(0.5, 0.5), probe=replace(probe, num_repeats=0))
     twice = judged(bimodal, two_modes_guide(0.5, 0.5), probe=probe)
-    assert once.findings.probe_particles < 40
-    assert twice.findings.probe_density_evaluations > 2.5 * once.findings.probe_density_evaluations
+    assert once.findings.probe.particles < 40
+    assert twice.findings.probe.evaluations.values > 2.5 * once.findings.probe.evaluations.values
 
 
 # ------------------------------------------------------------------------------------------------------- the sampler
@@ -354,8 +368,8 @@ def test_a_good_fit_is_trusted_and_recorded(sampler, tmp_path):
     samples = sampler.get_samples(100)
     found = sampler.check(stein_draws=100, correction=IndependentMetropolis())
     assert found.level is Trust.TRUST, str(found)
-    assert found.findings.acceptance > 0.05
-    assert found.findings.probe_density_evaluations > 0
+    assert found.findings.chains.acceptance > 0.05
+    assert found.findings.probe.evaluations.values > 0
     assert sampler.replicas[0].density.evaluations.values == before  # counted apart
     assert torch.equal(sampler.get_samples(100)["t"], samples["t"])
     probed = sampler.probe_result
@@ -383,11 +397,11 @@ def test_a_sampler_that_lost_a_mode_is_not_trusted_and_warns():
         bimodal,
         guide={"base": base},
         budget=640 * 4,
-        objective={"num_particles": 256, "wide": WideCovering(0.1, 1.0)},
+        objective={"num_particles": 256, "covering": WideCovering(0.1, 1.0)},
     )
     sampler.run()
     found = sampler.check()
-    assert found.findings.khat < 0.7
+    assert found.findings.weights.khat < 0.7
     assert found.level is Trust.DISTRUST, str(found)
     with pytest.warns(TrustWarning, match="unknown to the guide"):
         sampler.to_arviz(400)
@@ -433,7 +447,7 @@ def test_an_export_without_a_check_says_what_is_missing(sampler):
     idata = trained().to_arviz(400)
     found = check(idata)
     assert found.level is Trust.CARE
-    assert found.findings.khat is not None
+    assert found.findings.weights.khat is not None
     assert "lost modes (no probe was run)" in found.unchecked
 
 
@@ -453,7 +467,7 @@ def test_files_of_others():
     good = az.from_dict(posterior={"x": rng.normal(size=(4, 1000, 2)), "name": np.full((4, 1000), "a")})
     found = check(good)
     assert found.level is Trust.TRUST
-    assert found.findings.ess > 1000
+    assert found.findings.weights.ess > 1000
     assert any("k̂" in text for text in found.unchecked)
     apart = az.from_dict(posterior={"x": rng.normal(size=(4, 1000)) + np.arange(4)[:, None]})
     assert check(apart).level is Trust.DISTRUST
@@ -469,5 +483,5 @@ def test_the_samplers_second_look_goes_by_the_thresholds_given(sampler):
     for num_particles, least in ((64, 0.0), (65, math.inf)):
         probe = Probe(TemperedSMC(num_particles, 1), modes=None)
         found = sampler.check(probe=probe, thresholds=Thresholds(min_particles=least, deviations=1e6))
-        spent[least] = found.findings.probe_density_evaluations
+        spent[least] = found.findings.probe.evaluations.values
     assert spent[math.inf] > 2.5 * spent[0.0]

@@ -2,6 +2,7 @@
 """The probe finds what a guide has lost, and only that; where it fails it says so."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -12,11 +13,8 @@ from oracles import LOG_Z, density_of, process_of, random_network
 from pyro_sm.base import Evaluations
 from pyro_sm.density import FunctionDensity
 from pyro_sm.diagnostics import Probe, ProbeResult
-from pyro_sm.diagnostics.verdict.probe import (
-    effective_particles,
-    start_for,
-    unknown_share,
-)
+from pyro_sm.diagnostics.verdict.probe import start_for
+from pyro_sm.diagnostics.verdict.probe_findings import effective_particles, unknown_share
 from pyro_sm.diffusion.covering import WideCovering, process_log_weight
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.model.density import ModelDensity
@@ -200,3 +198,47 @@ def test_weights_at_draws_of_the_target_are_those_of_the_pool(wide):
     if wide is not None and wide.share:
         bound = log_p - wide.log_prob(process, density, z) - torch.tensor(wide.share).log()
         assert bool((process_log_weight(process, density, wide, z, log_p) <= bound + 1e-6).all())
+
+
+# ------------------------------------------------------------------------------------- the settings, by what they do
+
+
+def gaussian(dim):
+    return FunctionDensity(lambda z: -0.5 * z.square().sum(-1), dim)
+
+
+@pytest.mark.parametrize(("dim", "begins"), [(300, True), (301, False)])
+def test_three_hundred_latents_are_the_most(dim, begins):
+    probe = Probe(TemperedSMC(8, 1, max_temperatures=1), modes=None)
+    found = probe.run(gaussian(dim), widened(torch.full((dim,), 9.0), torch.eye(dim)))
+    assert ("more than the 300" in found.failure) is not begins
+    assert ("after 1 temperatures" in found.failure) is begins
+
+
+def test_one_repeat_is_the_default():
+    assert (Probe().num_repeats, Probe().stronger.num_repeats) == (1, 0)
+
+
+def test_it_gives_up_after_two_hundred_temperatures():
+    few = Probe(replace(Probe().smc, num_particles=8), modes=None)
+    found = few.run(gaussian(1), widened(torch.full((1,), 1e4), torch.eye(1)))
+    assert "after 200 temperatures" in found.failure
+
+
+def test_a_step_of_temperature_leaves_three_fifths_of_the_particles_which_move_five_times():
+    density = gaussian(4)
+    smc = replace(Probe().smc, crossover=None)
+    found = smc.run(density, widened(torch.full((4,), 20.0), torch.eye(4)))
+    *steps, _last = found.history
+    assert len(steps) > 3
+    assert [step.effective_share for step in steps] == pytest.approx([0.6] * len(steps), abs=1e-3)
+    assert density.evaluations.values == 2048 * (1 + 5 * len(found.history))
+
+
+def test_two_hundred_and_fifty_six_ascents_of_forty_steps():
+    """On a slope without an end every one takes all its steps."""
+    density, counted = FunctionDensity(lambda z: z.sum(-1), 2), []
+    start = widened(torch.zeros(2), torch.eye(2))
+    Probe().modes.run(density, start, progress=lambda: counted.append(density.evaluations.scores))
+    assert counted[:40] == [256 * (1 + step) for step in range(1, 41)]
+    assert counted[40] - counted[39] < 256  # no ascent any more: the curvature at an end

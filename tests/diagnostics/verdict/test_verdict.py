@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From numbers to a verdict: every number has its say, nothing is trusted that has not looked elsewhere."""
+"""From numbers to a verdict: every number has its say, nothing is trusted that has not looked elsewhere.
+
+Findings are written here as files have them, flat and by the names of their attributes.
+"""
 
 import dataclasses
 import math
@@ -8,33 +11,49 @@ import numpy as np
 import pytest
 
 from pyro_sm import PyroSMWarning, Trust, TrustWarning
-from pyro_sm.diagnostics import Findings, Thresholds, judge
-
-GOOD = Findings(
-    num_draws=16_000,
-    khat=0.3,
-    ess=8000.0,
-    halves_gap=0.01,
-    halves_se=0.01,
-    rounds_gap=-0.02,
-    rounds_se=0.01,
-    gamma=1.0,
-    probe_failure="",
-    probe_particles=700.0,
-    unknown=0.0,
-    unknown_se=0.0015,
-    probe_gap=0.02,
-    probe_gap_se=0.03,
-    probe_density_evaluations=30_000,
-    probe_gradient_evaluations=30_000,
+from pyro_sm.base import Evaluations
+from pyro_sm.diagnostics import (
+    ChainFindings,
+    EvidenceDifference,
+    Findings,
+    ProbeFindings,
+    SteinFindings,
+    Thresholds,
+    TrainingFindings,
+    Unknown,
+    WeightFindings,
+    judge,
 )
+
+GOOD = {
+    "num_draws": 16_000,
+    "khat": 0.3,
+    "ess": 8000.0,
+    "halves_gap": 0.01,
+    "halves_se": 0.01,
+    "rounds_gap": -0.02,
+    "rounds_se": 0.01,
+    "gamma": 1.0,
+    "probe_failure": "",
+    "probe_particles": 700.0,
+    "unknown": 0.0,
+    "unknown_se": 0.0015,
+    "probe_gap": 0.02,
+    "probe_gap_se": 0.03,
+    "probe_density_evaluations": 30_000,
+    "probe_gradient_evaluations": 30_000,
+}
 REPLICAS = {"num_chains": 4, "rhat": 1.002}
-NO_PROBE = {f.name: None for f in dataclasses.fields(Findings) if f.name.startswith(("probe_", "unknown"))}
+NO_PROBE = {name: None for name in GOOD if name.startswith(("probe_", "unknown"))}
 FAILED = {**NO_PROBE, "probe_failure": "β = 0.1 after 200 temperatures"}
 
 
+def found_by(values):
+    return Findings.from_attributes({f"check_{name}": value for name, value in values.items() if value is not None})
+
+
 def verdict(**changes):
-    return judge(dataclasses.replace(GOOD, **changes))
+    return judge(found_by({**GOOD, **changes}))
 
 
 def test_a_good_result_is_trusted():
@@ -117,7 +136,7 @@ def test_nothing_measured_is_not_trusted():
 
 
 def test_nan_that_were_not_met_are_no_reason():
-    assert judge(dataclasses.replace(GOOD, probe_not_a_number=0)).reasons == judge(GOOD).reasons
+    assert verdict(probe_not_a_number=0).reasons == verdict().reasons
 
 
 def test_printed():
@@ -130,16 +149,51 @@ def test_printed():
 
 
 def test_thresholds_are_a_choice():
-    assert judge(GOOD, Thresholds(khat=0.2)).level is Trust.DISTRUST
-    assert judge(GOOD, Thresholds(good_ess=9000)).level is Trust.CARE
+    assert judge(found_by(GOOD), Thresholds(khat=0.2)).level is Trust.DISTRUST
+    assert judge(found_by(GOOD), Thresholds(good_ess=9000)).level is Trust.CARE
 
 
-@pytest.mark.parametrize("findings", [GOOD, Findings(), dataclasses.replace(GOOD, **REPLICAS, probe_failure="why")])
+EVERYTHING = Findings(
+    WeightFindings(16_000, 0.3, 8000.0, EvidenceDifference(0.01, 0.02)),
+    TrainingFindings(0.9, EvidenceDifference(-0.02, 0.03)),
+    ChainFindings(4, 1.002, 0.4),
+    SteinFindings(0.5),
+    ProbeFindings("", Evaluations(30, 20, 1), 700.0, Unknown(0.001, 0.002), EvidenceDifference(0.02, 0.04)),
+)
+
+
+@pytest.mark.parametrize(
+    "findings",
+    [
+        EVERYTHING,
+        Findings(),
+        Findings(WeightFindings(ess=30.0), TrainingFindings(0.5), ChainFindings(acceptance=0.1)),
+        dataclasses.replace(EVERYTHING, probe=ProbeFindings("why", Evaluations(3, 2))),
+    ],
+)
 def test_attributes_come_back(findings):
     attributes = findings.attributes()
     assert all(isinstance(value, str | int | float) for value in attributes.values())
     numpy = {name: v if isinstance(v, str) else np.asarray(v)[()] for name, v in attributes.items()}
     assert Findings.from_attributes({**numpy, "pareto_khat": 3.0}) == findings
+
+
+def test_names_of_attributes_are_those_of_earlier_files():
+    assert EVERYTHING.attributes() == {
+        "check_num_draws": 16_000, "check_khat": 0.3, "check_ess": 8000.0,
+        "check_halves_gap": 0.01, "check_halves_se": 0.02,
+        "check_rounds_gap": -0.02, "check_rounds_se": 0.03, "check_gamma": 0.9,
+        "check_num_chains": 4, "check_rhat": 1.002, "check_acceptance": 0.4, "check_stein_p": 0.5,
+        "check_probe_failure": "", "check_probe_particles": 700.0,
+        "check_unknown": 0.001, "check_unknown_se": 0.002, "check_probe_gap": 0.02, "check_probe_gap_se": 0.04,
+        "check_probe_density_evaluations": 30, "check_probe_gradient_evaluations": 20, "check_probe_not_a_number": 1,
+    }  # fmt: skip
+
+
+def test_a_file_that_counted_no_nan_is_read():
+    attributes = EVERYTHING.attributes()
+    del attributes["check_probe_not_a_number"]
+    assert Findings.from_attributes(attributes).probe.evaluations == Evaluations(30, 20, 0)
 
 
 def test_the_warning_is_one_of_ours():
