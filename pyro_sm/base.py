@@ -273,11 +273,11 @@ class PathDraws(NamedTuple):
 class PathGuide(Protocol):
     """A guide that maps noise to draws and probabilities differentiably, such as AutoGaussianMixture."""
 
-    def path_draws(self, noise: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PathDraws:
+    def path_draws(self, noise: Tensor, arguments: Arguments) -> PathDraws:
         """Draws from standard normal ``noise`` (N, D); row i of every result depends on row i only."""
         ...
 
-    def latent_log_prob(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def latent_log_prob(self, z: Tensor, arguments: Arguments) -> Tensor:
         """``log q`` (N,) of any latents (N, D), differentiable, nats."""
         ...
 

@@ -30,7 +30,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.base import CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
+from pyro_sm.base import Arguments, CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
 from pyro_sm.corrections.metropolis import IndependentMetropolis
 from pyro_sm.corrections.per_replica import PerReplica, joined
@@ -345,12 +345,13 @@ class DiffusionSampler:
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._data is not None and not (
-            tensor_versions(*self._data) == self._data_versions and same_arguments(args, kwargs, *self._data)
+            tensor_versions(Arguments(*self._data)) == self._data_versions
+            and same_arguments(Arguments(args, kwargs), Arguments(*self._data))
         ):
             self._start_afresh()
         self.guide.setup(self.model, args, kwargs)
         density = self.guide.density(self.model, args, kwargs)
-        self._data, self._data_versions = (args, kwargs), tensor_versions(args, kwargs)
+        self._data, self._data_versions = (args, kwargs), tensor_versions(Arguments(args, kwargs))
         self.objective.bind(self.guide, density)
         if self._optimiser is None:
             weights = self.guide.network_weights.unconstrained()
@@ -504,7 +505,7 @@ class DiffusionSampler:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed + 7919)
                 self._pool_of_draws = self.guide.draw_weighted(
-                    density, num_draws, args, kwargs, covering=self.objective.covering
+                    density, num_draws, Arguments(args, kwargs), covering=self.objective.covering
                 )
         return self._pool_of_draws
 

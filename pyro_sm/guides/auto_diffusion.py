@@ -400,7 +400,7 @@ class AutoDiffusion(AutoContinuous):
     @pyro_method
     def density(self, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> ModelDensity:
         """The model's batched density on this data; verified once, then rebound while only data change."""
-        density, cache = bound_density(self._cached_densities, model, args, kwargs)
+        density, cache = bound_density(self._cached_densities, model, Arguments(args, kwargs))
         if cache is not self._cached_densities:
             if self.prototype_trace is not None:
                 self._check_sites(density)
@@ -574,8 +574,7 @@ class AutoDiffusion(AutoContinuous):
         self,
         density: Density,
         num_draws: int,
-        args: Args = (),
-        kwargs: Kwargs | None = None,
+        arguments: Arguments | None = None,
         *,
         covering: Covering | None = None,
     ) -> Draws:
@@ -585,8 +584,9 @@ class AutoDiffusion(AutoContinuous):
         improper, a widened base's), so that
         the weights, and the k̂ computed from them, see what the guide has lost within its reach.
         """
+        given = arguments or Arguments()
         with torch.no_grad(), poutine.block():
-            process = self.diffusion(args, kwargs)
+            process = self.diffusion(given.args, given.kwargs)
             return draw_with_covering(process, density, covering or default_covering(density), num_draws)[0]
 
     # -- what Pyro expects of an AutoContinuous ----------------------------------------------------------------

@@ -26,12 +26,10 @@ from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoLaplaceApproxima
 from pyro.nn.module import pyro_method
 from torch import Tensor
 
-from pyro_sm.base import DiffusionGuide, PathDraws, PathGuide
+from pyro_sm.base import Arguments, Bound, DiffusionGuide, PathDraws, PathGuide
 from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.guide_trace import guide_name
 from pyro_sm.model.pushforward import NoGaussianNoiseError, noise_shape, push
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,18 +51,16 @@ class Path:
     whitened: bool = True
 
 
-def guide_name(guide: Any) -> str:
-    """What to call a guide in a message."""
-    return getattr(guide, "__name__", type(guide).__name__)
-
-
 def uniform(like: Tensor) -> Tensor:
     """``1/N`` for every draw (N,)."""
     return torch.full_like(like.detach(), 1 / like.shape[0])
 
 
-def set_up(guide: Any, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> None:
+def set_up(guide: Any, model: Callable[..., Any], arguments: Arguments) -> Bound | None:
     """Let an automatic guide create its parameters, and refuse guides that have no density.
+
+    Returns:
+        A diffusion guide bound to the model, None for others.
 
     Raises:
         TypeError: the guide is a point estimate.
@@ -75,10 +71,11 @@ def set_up(guide: Any, model: Callable[..., Any], args: Args, kwargs: Kwargs) ->
             "AutoNormal (of a fitted Laplace approximation: guide.laplace_approximation(*args))"
         )
     if isinstance(guide, DiffusionGuide):
-        guide.setup(model, args, kwargs)
-    elif getattr(guide, "prototype_trace", ...) is None:
+        return guide.bind(model, *arguments.args, **arguments.kwargs)
+    if getattr(guide, "prototype_trace", ...) is None:
         with torch.no_grad(), poutine.block():
-            guide(*args, **kwargs)
+            arguments.call(guide)
+    return None
 
 
 def _check_packed(guide: Any, density: ModelDensity) -> None:
@@ -92,8 +89,10 @@ def _check_packed(guide: Any, density: ModelDensity) -> None:
         )
 
 
-def automatic_path(guide: Any, density: ModelDensity, args: Args, kwargs: Kwargs) -> Path | None:
-    """The path of a guide of the first four kinds, ``None`` for others.
+def automatic_path(
+    guide: Any, density: ModelDensity, arguments: Arguments, bound: Bound | None = None
+) -> Path | None:
+    """The path of a guide of the first four kinds, ``None`` for others; ``bound`` is what :func:`set_up` returned.
 
     Raises:
         TypeError: the guide's posterior is no known function of Gaussian noise.
@@ -104,22 +103,22 @@ def automatic_path(guide: Any, density: ModelDensity, args: Args, kwargs: Kwargs
     if isinstance(guide, PathGuide):
         return Path(
             density.dim,
-            lambda u: guide.path_draws(u, args, kwargs),
-            lambda z: guide.latent_log_prob(z, args, kwargs),
+            lambda u: guide.path_draws(u, arguments),
+            lambda z: guide.latent_log_prob(z, arguments),
             closed_form=True,
         )
-    if isinstance(guide, DiffusionGuide):
-        return _diffusion_path(guide, density, args, kwargs)
+    if bound is not None:
+        return _diffusion_path(guide, bound, arguments)
     if isinstance(guide, AutoContinuous):
-        return _continuous_path(guide, _posterior(guide, args, kwargs))
+        return _continuous_path(guide, _posterior(guide, arguments))
     if type(guide) is AutoNormal:
         return _normal_path(guide, density)
     return None
 
 
 @pyro_method
-def _posterior(guide: Any, args: Args, kwargs: Kwargs) -> Any:
-    return guide.get_posterior(*args, **kwargs)
+def _posterior(guide: Any, arguments: Arguments) -> Any:
+    return arguments.call(guide.get_posterior)
 
 
 def _distribution_path(posterior: Any, log_q: Callable[[Tensor], Tensor], *, closed_form: bool) -> Path:
@@ -151,17 +150,17 @@ def _continuous_path(guide: Any, posterior: Any) -> Path:
         ) from None
 
 
-def _diffusion_path(guide: Any, density: ModelDensity, args: Args, kwargs: Kwargs) -> Path:
-    process = guide.diffusion(args, kwargs)
-    transform = _flow_transform(guide, args, kwargs)
+def _diffusion_path(guide: Any, bound: Bound, arguments: Arguments) -> Path:
+    process: Any = bound.diffusion()
+    transform = _flow_transform(guide, arguments)
     base = dist.Normal(*process.flow().base()).to_event(1)
     posterior = dist.TransformedDistribution(base, [transform])
     return _distribution_path(posterior, process.log_prob, closed_form=False)
 
 
 @pyro_method
-def _flow_transform(guide: Any, args: Args, kwargs: Kwargs) -> Any:
-    return guide.get_transform(*args, **kwargs)
+def _flow_transform(guide: Any, arguments: Arguments) -> Any:
+    return arguments.call(guide.get_transform)
 
 
 @pyro_method

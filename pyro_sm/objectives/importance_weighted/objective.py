@@ -23,14 +23,16 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.base import Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
+from pyro_sm.base import Arguments, Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
 from pyro_sm.diffusion.covering import Covering, draw_with_covering
-from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
+from pyro_sm.objectives.elbo import ScoreObjective
 from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round, damped_round, round_statistics
 from pyro_sm.objectives.importance_weighted.population import Particles, Population, as_round
 from pyro_sm.objectives.importance_weighted.weightings import PathWeights, Weighting, draw_step_noise
 from pyro_sm.weights import resample
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 _POPULATION = Population()
 _STRAIGHTENING = range(2, 13)  # rounds: before, there is little to see; after, too much to lose
 
@@ -52,7 +54,7 @@ class TrainingState(NamedTuple):
     seeding: int = 0
 
 
-class ImportanceWeightedScoreMatching(GuideObjective):
+class ImportanceWeightedScoreMatching(ScoreObjective):
     r"""Trains a diffusion guide on an unnormalised model by importance-weighted score matching.
 
     Used like ``Trace_ELBO``: ``SVI(model, guide, optim, loss=ImportanceWeightedScoreMatching())``. One ``svi.step``
@@ -61,7 +63,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     falls as the guide learns; it does not bound the evidence.
 
     Args:
-        num_particles: N, draws and density evaluations per round.
+        num_draws: N, draws and density evaluations per round; 2048 by default.
         weighting: :class:`~pyro_sm.objectives.importance_weighted.weightings.PathWeights` (default) or
             :class:`~pyro_sm.objectives.importance_weighted.weightings.MarginalWeights` (the paper's form).
         covering: the component that keeps looking elsewhere; by default the weighting's choice: the model's prior
@@ -72,6 +74,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         batch_size: noised points per step.
         population: the particles that teach the sampler where the first round's weights leave nothing to learn from
             (see :class:`~pyro_sm.Population`), or None to go without them. Not used by ``MarginalWeights``.
+        num_particles: Pyro's word for ``num_draws``.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Attributes:
@@ -87,7 +90,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
 
     def __init__(
         self,
-        num_particles: int = 2048,
+        num_draws: int | None = None,
         *,
         weighting: Weighting | None = None,
         covering: Covering | None = None,
@@ -96,10 +99,10 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         steps_per_round: int = 100,
         batch_size: int = 1024,
         population: Population | None = _POPULATION,
+        num_particles: int | None = None,
         max_plate_nesting: float = float("inf"),
     ) -> None:
         for name, value in (
-            ("num_particles", num_particles),
             ("buffer_rounds", buffer_rounds),
             ("steps_per_round", steps_per_round),
             ("batch_size", batch_size),
@@ -108,7 +111,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
                 raise ValueError(f"expected {name} >= 1, found {value}")
         if not 0 < effective_share < 1:
             raise ValueError(f"expected effective_share in (0, 1), found {effective_share}")
-        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        super().__init__(num_draws, num_particles, default=2048, max_plate_nesting=max_plate_nesting)
         self.weighting = weighting or PathWeights()
         self.covering = covering
         self.effective_share = effective_share
@@ -123,7 +126,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     @property
     def evaluations_per_round(self) -> int:
         """Density evaluations of a round and the steps that follow it."""
-        own = self.num_particles + self.steps_per_round * self.batch_size * self.weighting.num_inner
+        own = self.num_draws + self.steps_per_round * self.batch_size * self.weighting.num_inner
         settings, particles = self.population, self.state.population
         return own + (settings.evaluations_of(particles) if settings is not None and particles is not None else 0)
 
@@ -154,7 +157,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
                 process,
                 density,
                 self.covering_for(density),
-                self.num_particles,
+                self.num_draws,
                 with_score=self.weighting.needs_score,
             )
             return damped_round(draws, num_guide, self.effective_share)
@@ -167,7 +170,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         buffer, rounds = self.state.buffer, len(self.state.history)
         if buffer.rounds:
             with torch.no_grad(), poutine.block():
-                index = resample(buffer.weights().log(), min(2048, self.num_particles * len(buffer.rounds)))
+                index = resample(buffer.weights().log(), min(2048, self.num_draws * len(buffer.rounds)))
                 z = buffer.latents()[index]
                 guide.straighten(z, args, kwargs, begin=rounds in _STRAIGHTENING)
                 guide.refit(z, args, kwargs)
@@ -203,7 +206,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         # One who always wants a population has not said that every base is hopeless.
         if dim > settings.max_dim and info.khat >= max(settings.min_khat, _POPULATION.min_khat):
             warnings.warn(
-                f"the base is too far from the posterior to learn from: of {self.num_particles} weighted draws in "
+                f"the base is too far from the posterior to learn from: of {self.num_draws} weighted draws in "
                 f"{dim} latents a few carry all the weight (Pareto k̂ {info.khat:.1f}), and beyond "
                 f"{settings.max_dim} latents no population of particles helps out. Training goes on, but will most "
                 "likely take long and arrive nowhere. Start from a Gaussian that fits, base=BatchAndMatchBase() or "
@@ -253,8 +256,9 @@ class ImportanceWeightedScoreMatching(GuideObjective):
 
     # -- the ELBO interface ------------------------------------------------------------------------------------
 
-    def _loss(self, model: Callable[..., Any], guide: Any, args: Args, kwargs: Kwargs, *, commit: bool) -> Tensor:
+    def _loss(self, model: Callable[..., Any], guide: Any, arguments: Arguments, *, commit: bool) -> Tensor:
         started = time.monotonic()
+        args, kwargs = arguments.args, arguments.kwargs
         diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
         diffusion_guide.setup(model, args, kwargs)
         density = diffusion_guide.density(model, args, kwargs)

@@ -19,6 +19,7 @@ from pyro.optim import Adam
 from torch.distributions import AffineTransform, constraints
 from torch.distributions.transforms import ComposeTransform, TanhTransform, Transform
 
+from pyro_sm.base import Arguments
 from pyro_sm.objectives.divergences.stein import SteinDiscrepancy, stein_discrepancy
 from pyro_sm.stein import (
     IMQ,
@@ -548,7 +549,7 @@ def test_a_flow_in_the_objective_is_the_discrepancy_behind_it(flow):
     gradient = torch.autograd.grad(found, guide.loc)[0]
     pyro.set_rng_seed(0)
     z = guide.loc + guide.scale * torch.randn(16, 2)
-    density = plain._density(model, (DATA,), {})
+    density = plain._density(model, Arguments((DATA,)))
     (score_z,) = torch.autograd.grad(density.log_prob(z).sum(), z, create_graph=True)
     y = flow(z)
     if isinstance(flow, TanhTransform):

@@ -21,8 +21,8 @@ from pyro_sm.objectives.energies.density_estimation import (
     DenoisingScoreMatching,
     DiffusionScoreMatching,
     ImplicitScoreMatching,
-    no_guide,
 )
+from pyro_sm.objectives.energies.energy_objective import no_guide
 from pyro_sm.objectives.energies.score_estimation import gaussian_information
 
 DIM = 2

@@ -24,7 +24,7 @@ from pyro_sm import (
     PyroSMWarning,
     WideCovering,
 )
-from pyro_sm.base import DiffusionGuide
+from pyro_sm.base import Arguments, DiffusionGuide
 from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.examples import eight_schools
 from pyro_sm.nn.mlp import MLP
@@ -589,7 +589,7 @@ def learn(model, args, lesson, steps):
         optimiser.step()
     objective.refit(guide, args, {})
     density = guide.density(model, args, {})
-    return objective, guide.draw_weighted(density, 8000, args)
+    return objective, guide.draw_weighted(density, 8000, Arguments(args))
 
 
 @pytest.mark.slow
