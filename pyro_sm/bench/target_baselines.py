@@ -81,7 +81,7 @@ class PathLogVariance(ScoreObjective):
         num_particles: Pyro's word for ``num_draws``.
     """
 
-    def __init__(self, num_draws: int | None = None, num_particles: int | None = None) -> None:
+    def __init__(self, num_draws: int | None = None, *, num_particles: int | None = None) -> None:
         super().__init__(num_draws, num_particles, default=64, least=2)
 
     def _loss(self, model: Callable[..., Any], guide: Any, arguments: Arguments, *, commit: bool) -> Tensor:

@@ -68,9 +68,11 @@ class PriorMixing:
         z = density.prior_draws(self.num_draws).double()
         z = z[torch.isfinite(z).all(1)]
         low, middle, high = torch.quantile(z, torch.tensor([0.25, 0.5, 0.75]).to(z), dim=0)
+        # 1.349 is the distance of the quartiles of N(0, 1). Beyond ten standard deviations a normal law has 1e-23.
         reach = 10 * (high - low) / 1.349
         z = torch.minimum(torch.maximum(z, middle - reach), middle + reach)
         covariance = torch.atleast_2d(torch.cov(z.T))
+        # Latents that are one another's multiples leave the covariance singular, in float64 to 1e-16 of its entries.
         jitter = 1e-6 * covariance.diagonal().mean() * torch.eye(density.dim, dtype=z.dtype, device=z.device)
         tril = torch.linalg.cholesky(covariance + jitter) * self.inflate
         return MixingDensity(z.mean(0).to(density.dtype), tril.to(density.dtype))

@@ -20,7 +20,9 @@ from pyro_sm.objectives.elbo import ScoreObjective
 from pyro_sm.objectives.energies.score_estimation import denoising_constant, live_score, score_jumps
 from pyro_sm.objectives.gradients import backward
 
-_CHECKS = 64  # rows between which a jump of the score is looked for
+# Rows between which a jump of the score is looked for. A kink is seen if it has rows on both sides: one that cuts off
+# a twentieth of the data is missed once in 27 times, .95^64, one that cuts off a tenth once in 850.
+_CHECKS = 64
 
 
 def no_guide(*args: Any, **kwargs: Any) -> None:
