@@ -54,17 +54,6 @@ def base_space_values(log_ratio: Tensor, noise: Tensor, *, create_graph: bool = 
     return squared_norm(gradient(log_ratio, noise, create_graph=create_graph))
 
 
-def latent_difference(
-    log_q: Callable[[Tensor], Tensor], log_p: Callable[[Tensor], Tensor], z: Tensor, *, create_graph: bool = True
-) -> Tensor:
-    """``Δ = ∇ log q − ∇ log p̃`` (N, D) at latents ``z`` (N, D), which may carry a path gradient.
-
-    For draws that are to carry none, detach them: the fixed point of a Gaussian guide is then that of the ELBO.
-    """
-    z = z if z.requires_grad else z.detach().requires_grad_(True)
-    return gradient(log_q(z) - log_p(z), z, create_graph=create_graph)
-
-
 def difference_through_noise(log_ratio: Tensor, z: Tensor, noise: Tensor, *, create_graph: bool = True) -> Tensor:
     """``Δ`` (N, D) from the noise alone, by ``J_Fᵀ Δ = −∇_u r``; for guides whose density is dear elsewhere.
 

@@ -42,9 +42,10 @@ from pyro_sm.objectives import (
     MatrixMetric,
     MixtureFisherDivergence,
 )
-from pyro_sm.objectives.divergences.fisher import fisher_terms, latent_difference, squared_norm, variance_values
+from pyro_sm.objectives.divergences.fisher import fisher_terms, squared_norm, variance_values
 from pyro_sm.objectives.divergences.guide_paths import Path, automatic_path, set_up, uniform
 from pyro_sm.objectives.divergences.traced_paths import TracedGuide
+from pyro_sm.objectives.gradients import gradient
 
 F64 = torch.float64
 RHO = 0.8
@@ -59,6 +60,12 @@ def path_of(fn):
         return PathDraws(z, log_q, uniform(log_q))
 
     return Path(noise_shape(fn).numel(), draw, fn.log_prob, closed_form=True)
+
+
+def latent_difference(log_q, log_p, z):
+    """``Δ = ∇ log q − ∇ log p̃`` (N, D) at latents (N, D), which may carry a path gradient."""
+    z = z if z.requires_grad else z.detach().requires_grad_(True)
+    return gradient(log_q(z) - log_p(z), z, create_graph=True)
 
 
 def hermite(n, dim):
