@@ -68,6 +68,7 @@ class AutoGaussianMixture(AutoContinuous):
         self._init_locs = init_locs
 
     def _start(self, arguments: Arguments) -> Tensor:
+        """Means (K, D) of the components before training."""
         first = self._init_loc()
         shape = (self.num_components, self.latent_dim)
         if self._init_locs is not None:

@@ -88,12 +88,12 @@ class GuideSites:
 
     @property
     def sites(self) -> dict[str, Any]:
-        """The sample statements by name."""
+        """The sample statements of the run by name, plates left out."""
         return sample_sites(self.trace)
 
     @property
     def free(self) -> dict[str, Any]:
-        """Those that are drawn."""
+        """The sites that are drawn, by name: no points, none observed."""
         return {name: site for name, site in self.sites.items() if is_free(site)}
 
     @property

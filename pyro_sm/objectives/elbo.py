@@ -58,7 +58,7 @@ class ScoreObjective(ELBO):
 
     @property
     def num_draws(self) -> int:
-        """Draws per loss."""
+        """How many draws a loss averages over; the same number as Pyro's ``num_particles``."""
         return self.num_particles
 
     @abstractmethod

@@ -123,6 +123,7 @@ def fisher_terms(
 def _difference(
     path: Path, draws: PathDraws, log_p_z: Tensor, log_ratio: Tensor, noise: Tensor, *, create_graph: bool
 ) -> Tensor:
+    """``Δ`` (N, D) by whichever way is cheaper for this guide: its own density, or the noise."""
     square = path.whitened and path.noise_dim == draws.z.shape[1]
     if path.log_q is None or (square and not path.closed_form):
         return difference_through_noise(log_ratio, draws.z, noise, create_graph=create_graph)

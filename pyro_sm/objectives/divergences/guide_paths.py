@@ -52,7 +52,7 @@ class Path:
 
 
 def uniform(like: Tensor) -> Tensor:
-    """``1/N`` for every draw (N,)."""
+    """Equal weights: ``1/N`` for every draw (N,), without gradient."""
     return torch.full_like(like.detach(), 1 / like.shape[0])
 
 
@@ -79,7 +79,7 @@ def set_up(guide: Any, model: Callable[..., Any], arguments: Arguments) -> Bound
 
 
 def _check_packed(guide: Any, density: ModelDensity) -> None:
-    """Whether the guide's packed latent is that of the density, site by site."""
+    """Refuse a guide whose packed latent is not that of the density, site by site."""
     own = [(name, shape.numel()) for name, shape in guide._unconstrained_shapes.items()]
     wanted = [(site.name, site.stop - site.start) for site in density.sites]
     if own != wanted:
@@ -118,10 +118,13 @@ def automatic_path(
 
 @pyro_method
 def _posterior(guide: Any, arguments: Arguments) -> Any:
+    """The distribution over the packed latent (D,), its parameters read in Pyro's context."""
     return arguments.call(guide.get_posterior)
 
 
 def _distribution_path(posterior: Any, log_q: Callable[[Tensor], Tensor], *, closed_form: bool) -> Path:
+    """The path of a distribution over the packed latent, with equally weighted draws."""
+
     def draw(noise: Tensor) -> PathDraws:
         z, value = push(posterior, noise)
         return PathDraws(z, value, uniform(value))
@@ -130,6 +133,8 @@ def _distribution_path(posterior: Any, log_q: Callable[[Tensor], Tensor], *, clo
 
 
 def _continuous_path(guide: Any, posterior: Any) -> Path:
+    """The path of an ``AutoContinuous``, by its ``posterior`` over the packed latent."""
+
     def log_q(z: Tensor) -> Tensor:
         try:
             # A transform remembers its last value: given that very tensor, it would hand out noise cut off from it.
@@ -151,6 +156,7 @@ def _continuous_path(guide: Any, posterior: Any) -> Path:
 
 
 def _diffusion_path(guide: Any, bound: Bound, arguments: Arguments) -> Path:
+    """The path of a diffusion: its probability flow, from a Gaussian."""
     process: Any = bound.diffusion()
     transform = _flow_transform(guide, arguments)
     base = dist.Normal(*process.flow().base()).to_event(1)
@@ -160,6 +166,7 @@ def _diffusion_path(guide: Any, bound: Bound, arguments: Arguments) -> Path:
 
 @pyro_method
 def _flow_transform(guide: Any, arguments: Arguments) -> Any:
+    """The map from the Gaussian (D,) to latents, its parameters read in Pyro's context."""
     return arguments.call(guide.get_transform)
 
 
@@ -184,6 +191,7 @@ def _sites_of(guide: AutoNormal, density: ModelDensity) -> tuple[Tensor, Tensor]
 
 
 def _normal_path(guide: AutoNormal, density: ModelDensity) -> Path:
+    """The path of an ``AutoNormal``: independent normal latents."""
     loc, scale = _sites_of(guide, density)
     posterior = dist.Normal(loc, scale).to_event(1)
     return _distribution_path(posterior, posterior.log_prob, closed_form=True)

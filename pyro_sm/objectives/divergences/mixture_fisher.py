@@ -213,6 +213,7 @@ class MixtureFisherDivergence(PathObjective):
         return torch.cat([own.z, wide]), torch.cat([self.beta * own.weight, share])
 
     def _estimate(self, path: Path, density: ModelDensity, state: MixtureState, num_draws: int) -> LogZInfo:
+        """``log Z`` from fresh draws of the mixture, pooled with the estimates before it."""
         with torch.no_grad(), poutine.block():
             z, weight = self._draw_mixture(path, state.mixing, num_draws)
             log_q = self._log_q(path)(z)
@@ -235,6 +236,7 @@ class MixtureFisherDivergence(PathObjective):
         return path.log_q
 
     def _state_for(self, guide: Any, density: ModelDensity) -> MixtureState:
+        """The state so far; for another guide or other data, a fresh one."""
         held = self.state
         if held is not None and self._bound is not None and self._bound[0] is guide and self._bound[1] is density:
             return held

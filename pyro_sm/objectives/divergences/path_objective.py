@@ -98,10 +98,12 @@ class PathObjective(ScoreObjective):
         """Raise a TypeError if the guide lacks what this objective needs of it."""
 
     def _density(self, model: Callable[..., Any], arguments: Arguments) -> ModelDensity:
+        """The density of a model that no guide keeps."""
         density, self._densities = bound_density(self._densities, model, arguments)
         return density
 
     def _path(self, guide: Any, density: ModelDensity, arguments: Arguments, bound: Bound | None = None) -> Path:
+        """The guide as a map from noise, with its current parameters; a guide that is traced is probed only once."""
         path = automatic_path(guide, density, arguments, bound)
         if path is not None:
             return path

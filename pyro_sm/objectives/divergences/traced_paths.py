@@ -83,6 +83,7 @@ class _Probe(NamedTuple):
 
 
 def _noise_size(fn: Any) -> int:
+    """Noise variables of a draw of ``fn``; 0 if its draws are no known function of Gaussian noise."""
     try:
         return noise_shape(fn).numel()
     except NoGaussianNoiseError:
@@ -157,6 +158,7 @@ class TracedGuide:
         return self._batched
 
     def _agrees(self, call: _Call, noise: Tensor) -> bool:
+        """Whether one run for all rows of ``noise`` (n, K) gives what n runs give."""
         noise = torch.cat([noise, noise.flip(0) + 0.1])  # at least two rows: one would broadcast
 
         def agrees(together: tuple[Tensor, Tensor]) -> bool:
@@ -212,5 +214,6 @@ class _Call(NamedTuple):
         return sites_log_prob(self._run(ConditionMessenger(aligned), n), n) + log_jacobian(density, z)
 
     def _run_at(self, values: Mapping[str, Tensor], i: int) -> dict[str, Any]:
+        """Sample sites of one run, conditioned on row ``i`` of the values (n, \\*shape) by site."""
         row = {name: value[i] for name, value in values.items()}
         return self._run(ConditionMessenger(row), None)

@@ -48,7 +48,7 @@ class Bridge(Protocol):
         ...
 
     def sample(self, num_draws: int) -> Tensor:
-        """Exact draws, (num_draws, D)."""
+        """Independent draws of ``m`` itself, (num_draws, D)."""
         ...
 
 
@@ -131,6 +131,7 @@ class CorrectedDensity:
             )
 
     def _log_ratio(self, x: Tensor) -> Tensor:
+        """``f − log m`` (B,) at ``x`` (B, D)."""
         return self.energy(x) - self.bridge.log_prob(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
