@@ -249,6 +249,10 @@ class DiffusionGuide(Protocol):
         """The guide on this model and data; the model is inspected and parameters are created at the first call."""
         ...
 
+    def diffusion(self, arguments: Arguments) -> DiffusionProcess:
+        """The sampler with the current parameters, of a guide that was bound before."""
+        ...
+
 
 class PathDraws(NamedTuple):
     """Draws as functions of given noise and of the guide's parameters, so that both may be differentiated.
@@ -266,11 +270,11 @@ class PathDraws(NamedTuple):
 class PathGuide(Protocol):
     """A guide that maps noise to draws and probabilities differentiably, such as AutoGaussianMixture."""
 
-    def path_draws(self, noise: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PathDraws:
+    def path_draws(self, noise: Tensor, arguments: Arguments) -> PathDraws:
         """Draws from standard normal ``noise`` (N, D); row i of every result depends on row i only."""
         ...
 
-    def latent_log_prob(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def latent_log_prob(self, z: Tensor, arguments: Arguments) -> Tensor:
         """``log q`` (N,) of any latents (N, D), differentiable, nats."""
         ...
 

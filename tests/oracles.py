@@ -157,3 +157,8 @@ def density_of(process, law):
         return LOG_Z + law.log_prob(u) - process.log_det(u)
 
     return FunctionDensity(log_prob, 2, dtype=torch.float64)
+
+
+def diffusion_explicit(score, target, matrix):
+    """``½ ‖mᵀ(s − ∇log p)‖²`` (B,): what diffusion score matching is up to a constant; ``matrix``: m (B, D, D)."""
+    return 0.5 * (matrix.mT @ (score - target)[..., None]).squeeze(-1).square().sum(-1)

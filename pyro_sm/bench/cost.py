@@ -127,7 +127,7 @@ def measure(name: str, num_draws: int, *, repeats: int = 7, num_steps: int = 48,
             1e6 * _fastest(lambda: density.log_prob_and_score(z), repeats) / num_draws,
             1e6 * _fastest(lambda: process.draw(num_draws), repeats) / num_draws,
             1e6 * step / batch_size,
-            _fastest(lambda: guide.draw_weighted(density, num_draws, args), repeats),
+            _fastest(lambda: guide.draw_weighted(density, num_draws, Arguments(args)), repeats),
         )
     pyro.clear_param_store()
     return row._replace(compiled=_compiled(problem, num_draws, repeats, num_steps)) if compile else row

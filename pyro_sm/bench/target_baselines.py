@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_sm.base import Density, DiffusionGuide, DiffusionProcess, require
+from pyro_sm.base import Arguments, Density, DiffusionGuide, DiffusionProcess, require
 from pyro_sm.diffusion.covering import Covering, WideCovering
 from pyro_sm.nn.mlp import Architecture
+from pyro_sm.objectives.elbo import ScoreObjective
 from pyro_sm.objectives.importance_weighted.buffer import Buffer
 from pyro_sm.objectives.importance_weighted.weightings import StepNoise, marginal_estimate
 
@@ -70,42 +70,31 @@ class UnitWeights:
         return square.mean(-1) + 1e-2 * log_variance.square().mean(-1)
 
 
-class PathLogVariance(ELBO):
+class PathLogVariance(ScoreObjective):
     r"""``Var(log p̃(z) + R)`` over draws ``z`` of the guide, held fixed, each noised forward to a path.
 
     The log weight of every path is the same, ``log Z``, if and only if the guide's path law is the target's; any law
     of paths will do for the variance, so the draws need no gradient, nor does the density.
 
     Args:
-        num_particles: N ≥ 2, paths and density evaluations per step.
+        num_draws: N ≥ 2, paths and density evaluations per step.
+        num_particles: Pyro's word for ``num_draws``.
     """
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("PathLogVariance needs no traces")
+    def __init__(self, num_draws: int | None = None, *, num_particles: int | None = None) -> None:
+        super().__init__(num_draws, num_particles, default=64, least=2)
 
-    def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The variance of one batch, nats²."""
+    def _loss(self, model: Callable[..., Any], guide: Any, arguments: Arguments, *, commit: bool) -> Tensor:
         diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
-        bound = diffusion_guide.bind(model, *args, **kwargs)
-        density, process = bound.density, bound.diffusion()
+        bound = diffusion_guide.bind(model, *arguments.args, **arguments.kwargs)
+        process = bound.diffusion()
         with torch.no_grad(), poutine.block():
-            z, _ = process.draw(self.num_particles)
-            log_p = density.log_prob(z)
+            z, _ = process.draw(self.num_draws)
+            log_p = bound.density.log_prob(z)
         seen = torch.isfinite(log_p)
         if int(seen.sum()) < 2:  # nothing to learn from: a NaN would end the training for good
             return torch.zeros((), dtype=z.dtype, device=z.device, requires_grad=True)
         return (log_p[seen] + process.path_log_ratio(z[seen])).var()
-
-    def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The variance of one batch."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The variance of one batch, its gradients added to the guide's parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward()
-        return float(loss.detach())
 
 
 class _Bounded(nn.Module):

@@ -295,8 +295,7 @@ class AutoDiffusion(LatentGuide):
         self,
         density: Density,
         num_draws: int,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        arguments: Arguments = _NOTHING,
         *,
         covering: Covering | None = None,
     ) -> Draws:
@@ -307,7 +306,7 @@ class AutoDiffusion(LatentGuide):
         within its reach.
         """
         with torch.no_grad(), poutine.block():
-            process = self.diffusion(Arguments(args, kwargs or {}))
+            process = self.diffusion(arguments)
             return draw_with_covering(process, density, covering or default_covering(density), num_draws)[0]
 
     # -- saving ------------------------------------------------------------------------------------------------

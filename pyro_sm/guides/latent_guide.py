@@ -96,7 +96,7 @@ class LatentGuide(AutoContinuous):
         self._model = (model,)
 
     def _density(self, model: Callable[..., Any], arguments: Arguments) -> ModelDensity:
-        density, cache = bound_density(self._cached_densities, model, arguments.args, arguments.kwargs)
+        density, cache = bound_density(self._cached_densities, model, arguments)
         if cache is not self._cached_densities:
             if self.prototype_trace is not None:
                 check_sites(self._unconstrained_shapes, density.sites)

@@ -28,7 +28,7 @@ from pyro.nn.module import PyroParam, pyro_method
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_sm.base import PathDraws
+from pyro_sm.base import Arguments, PathDraws
 
 
 class AutoGaussianMixture(AutoContinuous):
@@ -67,7 +67,8 @@ class AutoGaussianMixture(AutoContinuous):
         self._init_scale = init_scale
         self._init_locs = init_locs
 
-    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _start(self, arguments: Arguments) -> Tensor:
+        """Means (K, D) of the components before training."""
         first = self._init_loc()
         shape = (self.num_components, self.latent_dim)
         if self._init_locs is not None:
@@ -76,14 +77,14 @@ class AutoGaussianMixture(AutoContinuous):
             return self._init_locs.detach().clone().to(first)
         rows = [first]
         for _ in range(self.num_components - 1):
-            trace = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+            trace = arguments.call(poutine.block(poutine.trace(self.model).get_trace))
             sites = ((n, trace.nodes[n]) for n, _ in self.prototype_trace.iter_stochastic_nodes())
             rows.append(torch.cat([biject_to(s["fn"].support).inv(s["value"]).reshape(-1) for _, s in sites]))
         return torch.stack(rows).detach()
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        locs = self._start(args, kwargs)
+        locs = self._start(Arguments(args, kwargs))
         self.locs = nn.Parameter(locs)
         self.logits = nn.Parameter(locs.new_zeros(self.num_components))
         self.scales = PyroParam(torch.full_like(locs, self._init_scale), constraints.softplus_positive)
@@ -103,7 +104,7 @@ class AutoGaussianMixture(AutoContinuous):
         return dist.MixtureSameFamily(dist.Categorical(logits=log_probs), gaussians)
 
     @pyro_method
-    def path_draws(self, noise: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PathDraws:
+    def path_draws(self, noise: Tensor, arguments: Arguments) -> PathDraws:
         """Stratified draws: row i of ``noise`` (N, D) goes to component ``i mod K``, with weight ``π_k / n_k``.
 
         Raises:
@@ -118,12 +119,12 @@ class AutoGaussianMixture(AutoContinuous):
         index = torch.arange(num_draws, device=noise.device) % self.num_components
         z = locs[index] + (trils[index] @ noise[..., None])[..., 0]
         counts = torch.bincount(index, minlength=self.num_components)
-        return PathDraws(z, self.get_posterior(*args, **kwargs).log_prob(z), (log_probs.exp() / counts)[index])
+        return PathDraws(z, arguments.call(self.get_posterior).log_prob(z), (log_probs.exp() / counts)[index])
 
     @pyro_method
-    def latent_log_prob(self, z: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def latent_log_prob(self, z: Tensor, arguments: Arguments) -> Tensor:
         """``log q`` (N,) of latents (N, D), nats."""
-        return self.get_posterior(*args, **kwargs).log_prob(z)
+        return arguments.call(self.get_posterior).log_prob(z)
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a mixture has no single location and scale: use median(), quantiles() or draws")

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_sm.base import Arguments
 from pyro_sm.model.density import ModelDensity
 
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 _KEPT = 4  # more than one, so that a look at held-out data does not cost the training data theirs
 
 
@@ -26,8 +25,7 @@ class CachedDensity(NamedTuple):
     """A density and the exact model and arguments it was made for."""
 
     model: Callable[..., Any]
-    args: Args
-    kwargs: Kwargs
+    arguments: Arguments
     versions: tuple[int, ...]
     density: ModelDensity
 
@@ -35,9 +33,9 @@ class CachedDensity(NamedTuple):
 Cache = tuple[CachedDensity, ...]
 
 
-def tensor_versions(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
+def tensor_versions(arguments: Arguments) -> tuple[int, ...]:
     """How often each tensor was changed in place: a tensor compared with itself does not show it."""
-    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    tensors = (a for a in arguments.values if isinstance(a, Tensor))
     return tuple(0 if a.is_inference() else a._version for a in tensors)
 
 
@@ -53,17 +51,17 @@ def _same_value(a: Any, b: Any) -> bool:
         return False
 
 
-def same_arguments(args: Args, kwargs: Kwargs, other_args: Args, other_kwargs: Kwargs) -> bool:
+def same_arguments(these: Arguments, those: Arguments) -> bool:
     """Whether two calls of a model have the same arguments, by identity or by value."""
     return (
-        len(args) == len(other_args)
-        and kwargs.keys() == other_kwargs.keys()
-        and all(_same_value(a, b) for a, b in zip(args, other_args, strict=True))
-        and all(_same_value(kwargs[k], other_kwargs[k]) for k in kwargs)
+        len(these.args) == len(those.args)
+        and these.kwargs.keys() == those.kwargs.keys()
+        and all(_same_value(a, b) for a, b in zip(these.args, those.args, strict=True))
+        and all(_same_value(value, those.kwargs[name]) for name, value in these.kwargs.items())
     )
 
 
-def bound_density(cache: Cache, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[ModelDensity, Cache]:
+def bound_density(cache: Cache, model: Callable[..., Any], arguments: Arguments) -> tuple[ModelDensity, Cache]:
     """The density of ``model`` on this data, and the cache to keep: ``cache`` itself if it was in there.
 
     Raises:
@@ -71,9 +69,10 @@ def bound_density(cache: Cache, model: Callable[..., Any], args: Args, kwargs: K
     """
     held = [c for c in cache if c.model is model]
     for cached in held:
-        unchanged = tensor_versions(cached.args, cached.kwargs) == cached.versions
-        if unchanged and same_arguments(args, kwargs, cached.args, cached.kwargs):
+        unchanged = tensor_versions(cached.arguments) == cached.versions
+        if unchanged and same_arguments(arguments, cached.arguments):
             return cached.density, cache
+    args, kwargs = arguments.args, dict(arguments.kwargs)  # a copy: the caller may change a dictionary of his
     density = held[-1].density.with_data(args, kwargs) if held else ModelDensity(model, args, kwargs)
-    new = CachedDensity(model, args, dict(kwargs), tensor_versions(args, kwargs), density)
+    new = CachedDensity(model, Arguments(args, kwargs), tensor_versions(arguments), density)
     return density, (*cache, new)[-_KEPT:]

@@ -29,7 +29,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_sm.base import ModelRefusedError, PyroSMWarning
+from pyro_sm.base import Arguments, ModelRefusedError, PyroSMWarning
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.trace import call_model, isolated_rng, support_transform
 
@@ -81,8 +81,7 @@ class ModelEnergy:
 
     Args:
         model: a Pyro model as described at the head of this file.
-        args: positional arguments of the model (not the data).
-        kwargs: keyword arguments of the model.
+        arguments: of the model (not the data).
         like: some data (N, D), for dtype, device and D.
 
     Attributes:
@@ -96,12 +95,9 @@ class ModelEnergy:
         ValueError: the site and the data differ in dimension.
     """
 
-    def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], arguments: Arguments, like: Tensor) -> None:
         self.model = model
-        self.args = args
-        self.kwargs = kwargs
+        self.arguments = arguments
         self._like = like[:1].detach()
         self.params = self._create_params()
         self.density = self._build(like)
@@ -120,7 +116,7 @@ class ModelEnergy:
             poutine.block(hide_fn=_is_sample),
             _Anywhere(),
         ):
-            call_model(lambda: self._run(*self.args, **self.kwargs))
+            call_model(lambda: self.arguments.call(self._run))
         return tuple(capture.trace.nodes)
 
     def _build(self, like: Tensor) -> ModelDensity:
@@ -128,7 +124,7 @@ class ModelEnergy:
             # it says that score losses do not train them: these do
             warnings.filterwarnings("ignore", "the model has trainable parameters", PyroSMWarning)
             with poutine.block():
-                return ModelDensity(self._run, self.args, self.kwargs, dtype=like.dtype)
+                return ModelDensity(self._run, self.arguments.args, self.arguments.kwargs, dtype=like.dtype)
 
     def _check_site(self, like: Tensor) -> None:
         sites = self.density.sites
@@ -153,6 +149,19 @@ class ModelEnergy:
                 f"expected data of shape (N, {site.shape[0]}) for the latent site {site.name!r}, "
                 f"found {tuple(like.shape)}"
             )
+
+    def is_of(self, model: Callable[..., Any], arguments: Arguments, x: Tensor) -> bool:
+        """Whether this is the energy of ``model`` on these very arguments, for data like ``x`` (N, D)."""
+        mine, theirs = self.arguments, arguments
+        return (
+            self.model is model
+            and self.dim == x.shape[1]
+            and self.density.dtype == x.dtype
+            and len(mine.args) == len(theirs.args)
+            and mine.kwargs.keys() == theirs.kwargs.keys()
+            and all(a is b for a, b in zip(mine.args, theirs.args, strict=True))
+            and all(value is theirs.kwargs[name] for name, value in mine.kwargs.items())
+        )
 
     def refresh(self) -> None:
         """Put the parameters back into the store, if somebody cleared it."""

@@ -3,20 +3,16 @@
 
 from pyro_sm.objectives.diffusion_matrices import ContinuousFlow, RiemannianMetric
 from pyro_sm.objectives.divergences.fisher import FisherDivergence
-from pyro_sm.objectives.divergences.mixture_fisher import (
-    EstimatedLogZ,
-    GivenMixing,
-    MixtureFisherDivergence,
-    PriorMixing,
-)
+from pyro_sm.objectives.divergences.mixing import GivenMixing, PriorMixing
+from pyro_sm.objectives.divergences.mixture_fisher import EstimatedLogZ, MixtureFisherDivergence
 from pyro_sm.objectives.divergences.stein import SteinDiscrepancy
 from pyro_sm.objectives.energies.bridge import BridgeDensityEstimation, CorrectedDensity, gaussian_bridge
 from pyro_sm.objectives.energies.density_estimation import (
     DenoisingScoreMatching,
     DiffusionScoreMatching,
     ImplicitScoreMatching,
-    no_guide,
 )
+from pyro_sm.objectives.energies.energy_objective import no_guide
 from pyro_sm.objectives.energies.score_estimation import estimated_information, gaussian_information
 from pyro_sm.objectives.flows import AsinhFlow, fit_flow
 from pyro_sm.objectives.importance_weighted.draws import DrawsScoreMatching

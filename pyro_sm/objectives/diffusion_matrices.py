@@ -94,7 +94,7 @@ class RiemannianMetric:
 
 
 def _fourth_order(field: Velocity, x: Tensor, start: float, stop: float) -> Tensor:
-    """One step of Runge-Kutta."""
+    """``x`` (B, D) at time ``stop``, from ``x`` at ``start``, by one step of the classical Runge-Kutta method."""
     step = stop - start
     k1 = field(x, start)
     k2 = field(x + step / 2 * k1, start + step / 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN in a loss or its gradient: refused, with the likely cause, before an optimiser spreads it."""
+"""Gradients: of values of independent rows; and of a loss, where NaN is refused before an optimiser spreads it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+
+
+def gradient(value: Tensor, at: Tensor, *, create_graph: bool) -> Tensor:
+    """``∇ value_n`` with respect to row n of ``at`` (N, D), for values (N,) of independent rows; zero if constant."""
+    if not value.requires_grad:
+        return torch.zeros_like(at)
+    (found,) = torch.autograd.grad(
+        value.sum(), at, create_graph=create_graph, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return found
 
 
 def backward(loss: Tensor, *programs: Any) -> None:

@@ -39,7 +39,7 @@ class Identity:
     """``m = I``: unconstrained latent space as it is."""
 
     def __call__(self, z: Tensor, difference: Tensor) -> Tensor:
-        """``Δ``."""
+        """``Δ`` (N, D) as it is: ``m`` is the identity."""
         return difference
 
 
@@ -58,7 +58,7 @@ class MatrixMetric:
     matrix: Callable[[Tensor], Tensor]
 
     def __call__(self, z: Tensor, difference: Tensor) -> Tensor:
-        """``m(z)ᵀ Δ``."""
+        """``m(z)ᵀ Δ`` (N, D), ``m`` evaluated at the latents."""
         m = self.matrix(z)
         dim = z.shape[-1]
         if m.shape not in ((dim, dim), (z.shape[0], dim, dim)):

@@ -43,7 +43,7 @@ def settings(
         "heavy": repr(guide.heavy),
         "weighting": repr(objective.weighting),
         "covering": repr(objective.covering),
-        "num_draws": repr(objective.num_particles),
+        "num_draws": repr(objective.num_draws),
         "steps_per_round": repr(objective.steps_per_round),
         "effective_share": repr(objective.effective_share),
         "buffer_rounds": repr(objective.buffer_rounds),

@@ -151,9 +151,8 @@ class Trainer:
             density = self.density_counted_apart(self.drawn)
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed + _DRAWS_SEED)
-                arguments = self.bound.arguments
                 self._pool = self.guide.draw_weighted(
-                    density, num_draws, arguments.args, arguments.kwargs, covering=self.objective.covering
+                    density, num_draws, self.bound.arguments, covering=self.objective.covering
                 )
         return self._pool
 
@@ -204,12 +203,11 @@ class Trainer:
         """
         held = None if self._bound is None else self._bound.arguments
         if held is not None and not (
-            tensor_versions(held.args, held.kwargs) == self._data_versions
-            and same_arguments(arguments.args, arguments.kwargs, held.args, held.kwargs)
+            tensor_versions(held) == self._data_versions and same_arguments(arguments, held)
         ):
             self._start_afresh()
         bound = self.guide.bind(self.model, *arguments.args, **arguments.kwargs)
-        self._bound, self._data_versions = bound, tensor_versions(arguments.args, arguments.kwargs)
+        self._bound, self._data_versions = bound, tensor_versions(arguments)
         self.objective.bind(self.guide, bound.density)
         if self._optimiser is None:
             weights = self.guide.network_weights.unconstrained()
@@ -282,9 +280,7 @@ class Trainer:
         try:
             loss = self.objective.step_loss(self.guide, self.bound, go_on=go_on)
             if loss is not None:
-                started = time.monotonic()
-                loss.backward()
-                self.objective.after_backward(time.monotonic() - started)
+                self.objective.backward(loss)
                 return float(loss.detach())
         except KeyboardInterrupt:
             self.objective.state = state
@@ -331,7 +327,7 @@ class Trainer:
         return last_round(
             self.stopping,
             self.history,
-            num_draws=objective.num_particles,
+            num_draws=objective.num_draws,
             evaluations_per_round=objective.evaluations_per_round,
             seeding=objective.state.seeding,
         )
@@ -344,7 +340,7 @@ class Trainer:
 
     def _reopen_if_budget_grew(self) -> None:
         spent = self.history[-1].density_evaluations - self.objective.state.seeding if self.history else 0
-        if self.stopping.max_evaluations - spent >= self.objective.num_particles:  # room for a round
+        if self.stopping.max_evaluations - spent >= self.objective.num_draws:  # room for a round
             self.schedule = self.schedule.reopened(self.stopping, self.history, self._last_round())
 
     # -- what is shown -----------------------------------------------------------------------------------------

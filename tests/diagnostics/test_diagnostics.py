@@ -487,7 +487,7 @@ def test_both_normal_autoguides_agree_on_their_density():
 
 def test_a_guide_that_knows_its_weights_is_asked_for_them():
     class Knowing:
-        def draw_weighted(self, density, num_draws, args=(), kwargs=None):
+        def draw_weighted(self, density, num_draws, arguments):
             return hierarchy_draws(num_draws)[1]
 
     density = ModelDensity(hierarchy, (DATA,))

@@ -31,7 +31,7 @@ def with_logsumexp():
     two_modes(lambda a, b: torch.logsumexp(torch.stack([a, b]), 0))
 
 
-@pytest.mark.parametrize("loss", [FisherDivergence(16), SteinDiscrepancy(num_particles=16)])
+@pytest.mark.parametrize("loss", [FisherDivergence(16), SteinDiscrepancy(num_draws=16)])
 def test_nan_is_refused_and_the_parameters_survive(loss):
     guide = AutoNormal(with_logaddexp)
     svi = SVI(with_logaddexp, guide, Adam({"lr": 0.1}), loss)

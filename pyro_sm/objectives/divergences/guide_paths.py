@@ -26,12 +26,10 @@ from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoLaplaceApproxima
 from pyro.nn.module import pyro_method
 from torch import Tensor
 
-from pyro_sm.base import Arguments, DiffusionGuide, PathDraws, PathGuide
+from pyro_sm.base import Arguments, Bound, DiffusionGuide, PathDraws, PathGuide
 from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.guide_trace import guide_name
 from pyro_sm.model.pushforward import NoGaussianNoiseError, noise_shape, push
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,18 +51,16 @@ class Path:
     whitened: bool = True
 
 
-def guide_name(guide: Any) -> str:
-    """What to call a guide in a message."""
-    return getattr(guide, "__name__", type(guide).__name__)
-
-
 def uniform(like: Tensor) -> Tensor:
-    """``1/N`` for every draw (N,)."""
+    """Equal weights: ``1/N`` for every draw (N,), without gradient."""
     return torch.full_like(like.detach(), 1 / like.shape[0])
 
 
-def set_up(guide: Any, model: Callable[..., Any], args: Args, kwargs: Kwargs) -> None:
+def set_up(guide: Any, model: Callable[..., Any], arguments: Arguments) -> Bound | None:
     """Let an automatic guide create its parameters, and refuse guides that have no density.
+
+    Returns:
+        A diffusion guide bound to the model, None for others.
 
     Raises:
         TypeError: the guide is a point estimate.
@@ -75,14 +71,15 @@ def set_up(guide: Any, model: Callable[..., Any], args: Args, kwargs: Kwargs) ->
             "AutoNormal (of a fitted Laplace approximation: guide.laplace_approximation(*args))"
         )
     if isinstance(guide, DiffusionGuide):
-        guide.bind(model, *args, **kwargs)
-    elif getattr(guide, "prototype_trace", ...) is None:
+        return guide.bind(model, *arguments.args, **arguments.kwargs)
+    if getattr(guide, "prototype_trace", ...) is None:
         with torch.no_grad(), poutine.block():
-            guide(*args, **kwargs)
+            arguments.call(guide)
+    return None
 
 
 def _check_packed(guide: Any, density: ModelDensity) -> None:
-    """Whether the guide's packed latent is that of the density, site by site."""
+    """Refuse a guide whose packed latent is not that of the density, site by site."""
     own = [(name, shape.numel()) for name, shape in guide._unconstrained_shapes.items()]
     wanted = [(site.name, site.stop - site.start) for site in density.sites]
     if own != wanted:
@@ -92,8 +89,10 @@ def _check_packed(guide: Any, density: ModelDensity) -> None:
         )
 
 
-def automatic_path(guide: Any, density: ModelDensity, args: Args, kwargs: Kwargs) -> Path | None:
-    """The path of a guide of the first four kinds, ``None`` for others.
+def automatic_path(
+    guide: Any, density: ModelDensity, arguments: Arguments, bound: Bound | None = None
+) -> Path | None:
+    """The path of a guide of the first four kinds, ``None`` for others; ``bound`` is what :func:`set_up` returned.
 
     Raises:
         TypeError: the guide's posterior is no known function of Gaussian noise.
@@ -104,25 +103,28 @@ def automatic_path(guide: Any, density: ModelDensity, args: Args, kwargs: Kwargs
     if isinstance(guide, PathGuide):
         return Path(
             density.dim,
-            lambda u: guide.path_draws(u, args, kwargs),
-            lambda z: guide.latent_log_prob(z, args, kwargs),
+            lambda u: guide.path_draws(u, arguments),
+            lambda z: guide.latent_log_prob(z, arguments),
             closed_form=True,
         )
-    if isinstance(guide, DiffusionGuide):
-        return _diffusion_path(guide, density, args, kwargs)
+    if bound is not None:
+        return _diffusion_path(guide, bound, arguments)
     if isinstance(guide, AutoContinuous):
-        return _continuous_path(guide, _posterior(guide, args, kwargs))
+        return _continuous_path(guide, _posterior(guide, arguments))
     if type(guide) is AutoNormal:
         return _normal_path(guide, density)
     return None
 
 
 @pyro_method
-def _posterior(guide: Any, args: Args, kwargs: Kwargs) -> Any:
-    return guide.get_posterior(*args, **kwargs)
+def _posterior(guide: Any, arguments: Arguments) -> Any:
+    """The distribution over the packed latent (D,), its parameters read in Pyro's context."""
+    return arguments.call(guide.get_posterior)
 
 
 def _distribution_path(posterior: Any, log_q: Callable[[Tensor], Tensor], *, closed_form: bool) -> Path:
+    """The path of a distribution over the packed latent, with equally weighted draws."""
+
     def draw(noise: Tensor) -> PathDraws:
         z, value = push(posterior, noise)
         return PathDraws(z, value, uniform(value))
@@ -131,6 +133,8 @@ def _distribution_path(posterior: Any, log_q: Callable[[Tensor], Tensor], *, clo
 
 
 def _continuous_path(guide: Any, posterior: Any) -> Path:
+    """The path of an ``AutoContinuous``, by its ``posterior`` over the packed latent."""
+
     def log_q(z: Tensor) -> Tensor:
         try:
             # A transform remembers its last value: given that very tensor, it would hand out noise cut off from it.
@@ -151,17 +155,19 @@ def _continuous_path(guide: Any, posterior: Any) -> Path:
         ) from None
 
 
-def _diffusion_path(guide: Any, density: ModelDensity, args: Args, kwargs: Kwargs) -> Path:
-    process = guide.diffusion(Arguments(args, kwargs))
-    transform = _flow_transform(guide, args, kwargs)
+def _diffusion_path(guide: Any, bound: Bound, arguments: Arguments) -> Path:
+    """The path of a diffusion: its probability flow, from a Gaussian."""
+    process: Any = bound.diffusion()
+    transform = _flow_transform(guide, arguments)
     base = dist.Normal(*process.flow().base()).to_event(1)
     posterior = dist.TransformedDistribution(base, [transform])
     return _distribution_path(posterior, process.log_prob, closed_form=False)
 
 
 @pyro_method
-def _flow_transform(guide: Any, args: Args, kwargs: Kwargs) -> Any:
-    return guide.get_transform(*args, **kwargs)
+def _flow_transform(guide: Any, arguments: Arguments) -> Any:
+    """The map from the Gaussian (D,) to latents, its parameters read in Pyro's context."""
+    return arguments.call(guide.get_transform)
 
 
 @pyro_method
@@ -185,6 +191,7 @@ def _sites_of(guide: AutoNormal, density: ModelDensity) -> tuple[Tensor, Tensor]
 
 
 def _normal_path(guide: AutoNormal, density: ModelDensity) -> Path:
+    """The path of an ``AutoNormal``: independent normal latents."""
     loc, scale = _sites_of(guide, density)
     posterior = dist.Normal(loc, scale).to_event(1)
     return _distribution_path(posterior, posterior.log_prob, closed_form=True)

@@ -23,35 +23,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.gaussians.gaussian import gaussian_log_prob, given_gaussian
 from pyro_sm.model.density import ModelDensity
-from pyro_sm.objectives.divergences.fisher import PathObjective, gradient, squared_norm
-from pyro_sm.objectives.divergences.guide_paths import Path, guide_name
+from pyro_sm.model.guide_trace import guide_name
+from pyro_sm.objectives.divergences.fisher import squared_norm
+from pyro_sm.objectives.divergences.guide_paths import Path
+from pyro_sm.objectives.divergences.mixing import Mixing, MixingDensity, PriorMixing
+from pyro_sm.objectives.divergences.path_objective import PathObjective
+from pyro_sm.objectives.gradients import gradient
 from pyro_sm.objectives.metrics import BaseSpace, Metric
 from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
 
 # ---------------------------------------------------------------------------------------------- the estimators
-
-
-class MixingDensity(NamedTuple):
-    """``m = N(loc, L Lᵀ)``. ``loc``: (D,); ``scale_tril``: (D, D) lower triangular."""
-
-    loc: Tensor
-    scale_tril: Tensor
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """``log m`` (N,) of latents (N, D), nats."""
-        return gaussian_log_prob(z, self.loc, self.scale_tril)
-
-    def draw(self, noise: Tensor) -> Tensor:
-        """``loc + L u`` (N, D) for standard normal ``noise`` (N, D)."""
-        return self.loc + noise @ self.scale_tril.T
 
 
 def mixed_log_prob(log_prob: Tensor, log_m: Tensor, beta: float) -> Tensor:
@@ -94,71 +82,7 @@ def mixture_values(
         return squared_norm(metric(z, difference))
 
 
-# -------------------------------------------------------------------------------------------------- the choices
-
-
-class Mixing(Protocol):
-    """How the mixing density is found; once for every model and data."""
-
-    def fit(self, density: ModelDensity) -> MixingDensity:
-        """The mixing density for this model."""
-        ...
-
-
-@dataclass(frozen=True)
-class PriorMixing:
-    """A Gaussian with the mean and covariance of prior draws, which covers whatever the prior covers.
-
-    Draws further from the median than ten robust standard deviations are drawn in to there first: a Cauchy prior has
-    no moments of its own.
-
-    Args:
-        inflate: factor on its standard deviations.
-        num_draws: prior draws; one in each direction at least.
-
-    Raises:
-        ValueError: on :meth:`fit`, if the prior is improper and says nothing about where the posterior is.
-    """
-
-    inflate: float = 1.0
-    num_draws: int = 2048
-
-    def fit(self, density: ModelDensity) -> MixingDensity:
-        """Moments of prior draws, in unconstrained space."""
-        if density.improper:
-            raise ValueError(
-                f"the prior of {', '.join(density.improper)} is improper, so there is no mixing density to be had "
-                "from it: pass mixing=GivenMixing(loc, scale) that covers every mode"
-            )
-        z = density.prior_draws(self.num_draws).double()
-        z = z[torch.isfinite(z).all(1)]
-        low, middle, high = torch.quantile(z, torch.tensor([0.25, 0.5, 0.75]).to(z), dim=0)
-        reach = 10 * (high - low) / 1.349
-        z = torch.minimum(torch.maximum(z, middle - reach), middle + reach)
-        covariance = torch.atleast_2d(torch.cov(z.T))
-        jitter = 1e-6 * covariance.diagonal().mean() * torch.eye(density.dim, dtype=z.dtype, device=z.device)
-        tril = torch.linalg.cholesky(covariance + jitter) * self.inflate
-        return MixingDensity(z.mean(0).to(density.dtype), tril.to(density.dtype))
-
-
-@dataclass(frozen=True)
-class GivenMixing:
-    """A Gaussian chosen by the user, in unconstrained space.
-
-    Args:
-        loc: (D,) or a number for all latents.
-        scale: a number, (D,) standard deviations, or (D, D) lower-triangular.
-
-    Raises:
-        ValueError: on :meth:`fit`, if a shape does not match the model or the diagonal is not positive.
-    """
-
-    loc: Tensor | float
-    scale: Tensor | float
-
-    def fit(self, density: ModelDensity) -> MixingDensity:
-        """Check the shapes against the model."""
-        return MixingDensity(*given_gaussian(self.loc, self.scale, density))
+# ------------------------------------------------------------------------------------------- the evidence
 
 
 @dataclass(frozen=True)
@@ -225,12 +149,13 @@ class MixtureFisherDivergence(PathObjective):
     the rest those of m. **It needs log Z**: estimated by importance sampling from the same mixture, or given.
 
     Args:
-        num_particles: N, draws per loss, those of m included; at least 2.
-        mixing: the covering density m: :class:`PriorMixing` (default) or :class:`GivenMixing`.
+        num_draws: N, draws per loss, those of m included; at least 2, 64 by default.
+        mixing: the covering density m: ``PriorMixing()`` (default) or ``GivenMixing(loc, scale)``.
         beta: β in (0, 1), the share of guide and target.
         log_z: :class:`EstimatedLogZ` (default), or the evidence in nats where it is known (0 if normalised).
         metric: as in :class:`~pyro_sm.objectives.FisherDivergence`, but ``BaseSpace()`` (default) is the whitened
             space of m: a constant matrix, which makes the loss invariant to affine maps of the latents.
+        num_particles: Pyro's word for ``num_draws``.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Attributes:
@@ -238,7 +163,7 @@ class MixtureFisherDivergence(PathObjective):
 
     Raises:
         TypeError: at the first call, as ``FisherDivergence``; or the guide has no log density at a given latent.
-        ValueError: β outside of (0, 1), too few particles; at the first call, as ``FisherDivergence``, or if the
+        ValueError: β outside of (0, 1), too few draws; at the first call, as ``FisherDivergence``, or if the
             prior is improper and no mixing density was given.
         ModelRefusedError: the model cannot be evaluated in batches (at the first call).
 
@@ -247,19 +172,18 @@ class MixtureFisherDivergence(PathObjective):
 
     def __init__(
         self,
-        num_particles: int = 64,
+        num_draws: int | None = None,
         *,
         mixing: Mixing | None = None,
         beta: float = 0.5,
         log_z: EstimatedLogZ | float | None = None,
         metric: BaseSpace | Metric | None = None,
+        num_particles: int | None = None,
         max_plate_nesting: float = float("inf"),
     ) -> None:
-        if num_particles < 2:
-            raise ValueError(f"expected num_particles >= 2, some for the mixing density, found {num_particles}")
         if not 0 < beta < 1:
             raise ValueError(f"expected beta in (0, 1), found {beta}")
-        super().__init__(num_particles, max_plate_nesting)
+        super().__init__(num_draws, num_particles, default=64, least=2, max_plate_nesting=max_plate_nesting)
         self.mixing = mixing or PriorMixing()
         self.beta = beta
         self.log_z = EstimatedLogZ() if log_z is None else log_z
@@ -289,6 +213,7 @@ class MixtureFisherDivergence(PathObjective):
         return torch.cat([own.z, wide]), torch.cat([self.beta * own.weight, share])
 
     def _estimate(self, path: Path, density: ModelDensity, state: MixtureState, num_draws: int) -> LogZInfo:
+        """``log Z`` from fresh draws of the mixture, pooled with the estimates before it."""
         with torch.no_grad(), poutine.block():
             z, weight = self._draw_mixture(path, state.mixing, num_draws)
             log_q = self._log_q(path)(z)
@@ -311,15 +236,16 @@ class MixtureFisherDivergence(PathObjective):
         return path.log_q
 
     def _state_for(self, guide: Any, density: ModelDensity) -> MixtureState:
+        """The state so far; for another guide or other data, a fresh one."""
         held = self.state
         if held is not None and self._bound is not None and self._bound[0] is guide and self._bound[1] is density:
             return held
         return MixtureState(self.mixing.fit(density))
 
-    def _loss(self, path: Path, density: ModelDensity, guide: Any, *, commit: bool, create_graph: bool) -> Tensor:
+    def _divergence(self, path: Path, density: ModelDensity, guide: Any, *, commit: bool) -> Tensor:
         # Drawn first, so that a step has the same noise whether or not an estimate of log Z precedes it.
         state = self._state_for(guide, density)
-        z, weight = self._draw_mixture(path, state.mixing, self.num_particles)
+        z, weight = self._draw_mixture(path, state.mixing, self.num_draws)
         if isinstance(self.log_z, EstimatedLogZ):
             if not state.history or state.steps - state.history[-1].step >= self.log_z.every:
                 info = self._estimate(path, density, state, self.log_z.num_draws)
@@ -334,7 +260,7 @@ class MixtureFisherDivergence(PathObjective):
             z,
             self.beta,
             self.metric,
-            create_graph=create_graph,
+            create_graph=commit,
         )
         if commit:
             self._bound, self.state = (guide, density), state._replace(steps=state.steps + 1)

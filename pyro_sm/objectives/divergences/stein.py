@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.objectives.diffusion_matrices import Matrix, constant_matrix
-from pyro_sm.objectives.divergences.fisher import PathObjective
 from pyro_sm.objectives.divergences.guide_paths import Path
+from pyro_sm.objectives.divergences.path_objective import PathObjective
 from pyro_sm.stein import IMQ, RadialKernel, stein_statistics, through_flow, through_matrix
 
 Flow = Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ class SteinDiscrepancy(PathObjective):
     Args:
         kernel: ``IMQ()`` (default) or ``RBF()``. Without a length scale, each batch takes the median distance of its
             own draws: robust far from the target, but the loss of different steps is then on different scales.
-        num_particles: N ≥ 2, draws per step; the cost is N scores and N² kernel values.
+        num_draws: N ≥ 2, draws per step, 64 by default; the cost is N scores and N² kernel values.
         unbiased: the U-statistic (default; may be negative) or the V-statistic. Of a guide with stratified draws both
             are slightly biased.
         flow: a transform of the unconstrained latents, (N, D) to (N, D), twice differentiable: the diffusion Stein
@@ -71,11 +71,12 @@ class SteinDiscrepancy(PathObjective):
         matrix: instead of a flow, the diffusion matrix ``m``: a matrix (D, D), a function from latents (N, D) to
             (N, D, D), each row on its own and twice differentiable, or a ``RiemannianMetric``. The kernel stays that
             of the latents. It is not trained.
+        num_particles: Pyro's word for ``num_draws``.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Raises:
         TypeError: a site of the guide is not reparametrised (at the first call).
-        ValueError: fewer than two particles, both a flow and a matrix, or a matrix of the wrong shape; at the first
+        ValueError: fewer than two draws, both a flow and a matrix, or a matrix of the wrong shape; at the first
             call, if a plate is subsampled, guide and model have different latents, or the model cannot be
             differentiated twice.
         ModelRefusedError: the model cannot be evaluated in batches (at the first call).
@@ -88,16 +89,15 @@ class SteinDiscrepancy(PathObjective):
     def __init__(
         self,
         kernel: RadialKernel | None = None,
-        num_particles: int = 64,
+        num_draws: int | None = None,
         *,
         unbiased: bool = True,
         flow: Flow | None = None,
         matrix: Tensor | Matrix | None = None,
+        num_particles: int | None = None,
         max_plate_nesting: float = float("inf"),
     ) -> None:
-        if num_particles < 2:
-            raise ValueError(f"expected num_particles >= 2, found {num_particles}")
-        super().__init__(num_particles, max_plate_nesting)
+        super().__init__(num_draws, num_particles, default=64, least=2, max_plate_nesting=max_plate_nesting)
         self.kernel = kernel or IMQ()
         self.unbiased = unbiased
         if flow is not None and matrix is not None:
@@ -107,8 +107,8 @@ class SteinDiscrepancy(PathObjective):
         self.flow = flow
         self.matrix = constant_matrix(matrix) if isinstance(matrix, Tensor) else matrix
 
-    def _loss(self, path: Path, density: ModelDensity, guide: Any, *, commit: bool, create_graph: bool) -> Tensor:
-        noise = torch.randn(self.num_particles, path.noise_dim, dtype=density.dtype, device=density.device)
+    def _divergence(self, path: Path, density: ModelDensity, guide: Any, *, commit: bool) -> Tensor:
+        noise = torch.randn(self.num_draws, path.noise_dim, dtype=density.dtype, device=density.device)
         draws = path.draw(noise)
         return stein_discrepancy(
             density.log_prob,

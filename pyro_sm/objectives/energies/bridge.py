@@ -25,13 +25,15 @@ from typing import Any, Protocol
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_sm.base import Arguments
 from pyro_sm.density import value_and_score
 from pyro_sm.gaussians.gaussian import GaussianDensity
 from pyro_sm.model.energy import ModelEnergy
-from pyro_sm.objectives.energies.density_estimation import EnergyObjective, ImplicitScoreMatching, checked_data
+from pyro_sm.objectives.elbo import ScoreObjective
+from pyro_sm.objectives.energies.density_estimation import ImplicitScoreMatching
+from pyro_sm.objectives.energies.energy_objective import EnergyObjective, checked_data
 from pyro_sm.weights import evidence, log_mean_exp, pareto_smooth, resample
 
 
@@ -46,7 +48,7 @@ class Bridge(Protocol):
         ...
 
     def sample(self, num_draws: int) -> Tensor:
-        """Exact draws, (num_draws, D)."""
+        """Independent draws of ``m`` itself, (num_draws, D)."""
         ...
 
 
@@ -129,6 +131,7 @@ class CorrectedDensity:
             )
 
     def _log_ratio(self, x: Tensor) -> Tensor:
+        """``f − log m`` (B,) at ``x`` (B, D)."""
         return self.energy(x) - self.bridge.log_prob(x)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -148,7 +151,7 @@ class CorrectedDensity:
             return pool[resample(log_w, num_draws)]
 
 
-class BridgeDensityEstimation(ELBO):
+class BridgeDensityEstimation(ScoreObjective):
     r"""Fits an energy model to ``βp_data + (1−β)m`` and corrects it afterwards; see the head of this file.
 
     ``SVI(energy, no_guide, optim, loss=BridgeDensityEstimation(gaussian_bridge(data)))``; every ``svi.step(data)``
@@ -174,20 +177,20 @@ class BridgeDensityEstimation(ELBO):
         if not 0 < beta < 1:
             raise ValueError(f"expected beta in (0, 1), found {beta}")
         self.inner = loss or ImplicitScoreMatching()
-        super().__init__(num_particles=self.inner.num_particles)
+        super().__init__(self.inner.num_draws, None, default=1)
         self.bridge = bridge
         self.beta = beta
 
-    def _loss(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        data, rest = checked_data(args)
+    def _loss(self, model: Callable[..., Any], guide: Any, arguments: Arguments, *, commit: bool) -> Tensor:
+        data, rest = checked_data(arguments)
         if data.shape[1] != self.bridge.dim:
             raise ValueError(
                 f"expected data of shape (N, {self.bridge.dim}), as the bridge, found {tuple(data.shape)}"
             )
-        energy = self.inner.energy(model, rest, kwargs, data)
-        drawn = self.bridge.sample(len(data) * self.num_particles).to(data)
+        energy = self.inner.energy(model, rest, data)
+        drawn = self.bridge.sample(len(data) * self.num_draws).to(data)
         _, known = value_and_score(lambda x: self.bridge.log_prob(x.to(self.bridge.dtype)).to(data), drawn)
-        own = self.inner.row_losses(energy.log_prob, data.repeat(self.num_particles, 1)).mean()
+        own = self.inner.row_losses(energy.log_prob, data.repeat(self.num_draws, 1)).mean()
         return self.beta * own + (1 - self.beta) * self.inner.known_losses(energy.log_prob, drawn, known).mean()
 
     def corrected(
@@ -208,7 +211,7 @@ class BridgeDensityEstimation(ELBO):
             num_draws: draws of the bridge for ``log Z``.
             floor: as in :class:`CorrectedDensity`.
         """
-        energy = ModelEnergy(model, args, kwargs, data)
+        energy = ModelEnergy(model, Arguments(args, kwargs), data)
 
         def frozen(x: Tensor) -> Tensor:
             with torch.no_grad(), poutine.block():
@@ -216,22 +219,5 @@ class BridgeDensityEstimation(ELBO):
 
         return CorrectedDensity(frozen, self.bridge, self.beta, num_draws=num_draws, floor=floor)
 
-    # -- the ELBO interface ------------------------------------------------------------------------------------
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        """As the inner loss."""
-        return self.inner._get_trace(model, guide, args, kwargs)
-
-    def loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of the data and as many draws of the bridge, a float."""
-        with torch.no_grad():
-            return float(self._loss(model, args, kwargs))
-
-    def differentiable_loss(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of the data and as many draws of the bridge, a scalar tensor."""
-        loss = self._loss(model, args, kwargs)
-        return loss if torch.is_grad_enabled() else loss.detach()
-
-    def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of the data and as many draws of the bridge, its gradients added to the model's parameters."""
-        return self.inner.add_gradients(self.differentiable_loss(model, guide, *args, **kwargs), model)
+    def _backward(self, loss: Tensor, model: Callable[..., Any], guide: Any) -> None:
+        self.inner.add_gradients(loss, model)

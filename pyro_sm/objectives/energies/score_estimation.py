@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Estimators of a score from data: explicit, implicit, sliced, denoising and diffusion score matching.
+r"""Estimators of a score from data: explicit, implicit, denoising and diffusion score matching.
 
 Rows ``x`` (B, D) of data with density ``p``; a model's score ``s`` (B, D), nats per unit of x; ``y = x + σ ε`` with
 ``ε ~ N(0, I)``, of density ``p_σ``. Every function here takes its noise as an argument and returns one value per
@@ -12,7 +12,7 @@ row, (B,), all with the factor ½:
 
 with ``I(p) = E‖∇log p‖²`` and ``J^σ`` the loss on the noised data ``y``. (The diffusion form is half of that in
 the source, so that ``m = I`` gives the implicit one.) *One scale*: what is comparable between all of them is
-``J_ESM = J_ISM + ½ I``, :func:`with_information`; it is zero at the truth.
+``J_ESM = J_ISM + ½ I`` (``EnergyObjective.explicit_loss``); it is zero at the truth.
 
 A flow ``y = T(x)`` with Jacobian ``J`` is the diffusion matrix ``m = J⁻¹``: ``J_m`` in x is ``J_ESM`` in y
 (``diffusion_matrices.py``).
@@ -139,16 +139,6 @@ def implicit(score: Tensor, trace: Tensor) -> Tensor:
     return 0.5 * score.square().sum(-1) + trace
 
 
-def sliced(score: Tensor, forms: Tensor, probes: Tensor) -> Tensor:
-    """``vᵀ∇s v + ½ (vᵀs)²``, mean over P slices. ``forms``: (P, B), ``probes``: (P, B, D). Mean: ``J_ISM``."""
-    return (forms + 0.5 * (probes * score).sum(-1).square()).mean(0)
-
-
-def sliced_reduced(score: Tensor, forms: Tensor) -> Tensor:
-    """:func:`sliced` with ``(vᵀs)²`` replaced by its mean ``‖s‖²``: the same mean, less variance."""
-    return implicit(score, forms.mean(0))
-
-
 def denoising(score: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """``½ ‖s(y) + ε/σ‖²``; ``score`` at ``y = x + σε``, ``noise`` ε, both (B, D). Mean: ``J_DSM``."""
     return 0.5 * (score + noise / sigma).square().sum(-1)
@@ -167,11 +157,6 @@ def denoising_controlled(score: Tensor, clean: Tensor, noise: Tensor, sigma: flo
     return 0.5 * score.square().sum(-1) + ((score - clean) * noise).sum(-1) / sigma
 
 
-def diffusion_explicit(score: Tensor, target: Tensor, matrix: Tensor) -> Tensor:
-    """``½ ‖mᵀ(s − ∇log p)‖²``; scores (B, D), ``matrix``: m (B, D, D)."""
-    return 0.5 * (matrix.mT @ (score - target)[..., None]).squeeze(-1).square().sum(-1)
-
-
 def diffusion_implicit(weighted: Tensor, trace: Tensor) -> Tensor:
     """``½ ‖mᵀs‖² + ∇·(m mᵀ s)``; ``weighted``: mᵀs (B, D), ``trace``: (B,). With ``m = I`` :func:`implicit`."""
     return 0.5 * weighted.square().sum(-1) + trace
@@ -183,18 +168,6 @@ def diffusion_implicit(weighted: Tensor, trace: Tensor) -> Tensor:
 def denoising_constant(dim: int, sigma: float) -> float:
     """``D/(2σ²) = J_DSM − J_ISM^σ``."""
     return dim / (2 * sigma**2)
-
-
-def with_information(implicit_loss: Tensor | float, information: Tensor | float) -> Tensor | float:
-    """``J_ESM = J_ISM + ½ I(p)``: a loss with its constant removed; zero at the truth."""
-    return implicit_loss + 0.5 * information
-
-
-def denoising_with_information(
-    denoising_loss: Tensor | float, information: Tensor | float, dim: int, sigma: float
-) -> Tensor | float:
-    """``J_ESM^σ = J_DSM − D/(2σ²) + ½ I(p_σ)``: a denoising loss with its constant removed."""
-    return denoising_loss - denoising_constant(dim, sigma) + 0.5 * information
 
 
 def gaussian_information(covariance: Tensor, sigma: float = 0.0) -> Tensor:

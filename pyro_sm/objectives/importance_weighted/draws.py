@@ -22,9 +22,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.base import Bound, DiffusionGuide, require
+from pyro_sm.base import Arguments, Bound, DiffusionGuide, require
 from pyro_sm.model.density import ModelDensity
-from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
+from pyro_sm.objectives.elbo import ScoreObjective
 from pyro_sm.objectives.importance_weighted.weightings import denoising_loss, draw_step_noise
 from pyro_sm.weights import resample
 
@@ -46,7 +46,7 @@ class _Split(NamedTuple):
     held_out: _Part
 
 
-class DrawsScoreMatching(GuideObjective):
+class DrawsScoreMatching(ScoreObjective):
     r"""Fits a diffusion guide to posterior draws: ``svi = SVI(model, guide, optim, DrawsScoreMatching(draws))``.
 
     ``draws`` is what ``MCMC.get_samples()`` returns. ``svi.step(*args)`` takes the model's own arguments, as ever;
@@ -81,9 +81,9 @@ class DrawsScoreMatching(GuideObjective):
         refit_every: int = 100,
         max_plate_nesting: float = float("inf"),
     ) -> None:
-        super().__init__(num_particles=batch_size, max_plate_nesting=max_plate_nesting)
         if batch_size < 1 or refit_every < 1:
             raise ValueError(f"expected positive counts, found {batch_size} and {refit_every}")
+        super().__init__(batch_size, None, default=batch_size, max_plate_nesting=max_plate_nesting)
         if not 0 < held_out < 1:
             raise ValueError(f"expected held_out in (0, 1), found {held_out}")
         if isinstance(draws, Mapping) and not draws:
@@ -91,10 +91,10 @@ class DrawsScoreMatching(GuideObjective):
         lengths = {len(draws)} if isinstance(draws, Tensor) else {len(value) for value in draws.values()}
         if len(lengths) != 1 or min(lengths) < 2:
             raise ValueError(f"expected the same number of draws, at least two, for every site, found {lengths}")
-        self.num_draws = lengths.pop()
+        given = lengths.pop()
         if weight is not None:
-            if weight.shape != (self.num_draws,):
-                raise ValueError(f"expected weights of shape ({self.num_draws},), found {tuple(weight.shape)}")
+            if weight.shape != (given,):
+                raise ValueError(f"expected weights of shape ({given},), found {tuple(weight.shape)}")
             if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()) or not float(weight.sum()) > 0:
                 raise ValueError("expected finite, non-negative weights, not all of them zero")
         self.draws = draws
@@ -133,9 +133,9 @@ class DrawsScoreMatching(GuideObjective):
                 raise ValueError("too few draws have a positive weight to be split into two parts")
         return _Split(guide, *parts)
 
-    def _loss(self, model: Callable[..., Any], guide: Any, args: Args, kwargs: Kwargs, *, commit: bool) -> Tensor:
+    def _loss(self, model: Callable[..., Any], guide: Any, arguments: Arguments, *, commit: bool) -> Tensor:
         diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
-        bound = diffusion_guide.bind(model, *args, **kwargs)
+        bound = diffusion_guide.bind(model, *arguments.args, **arguments.kwargs)
         if self._data is None or self._data.guide is not guide:
             assert isinstance(bound.density, ModelDensity)
             self._data, self._steps = self._split(guide, bound.density), 0

@@ -23,9 +23,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_sm.base import Bound, Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
+from pyro_sm.base import Arguments, Bound, Density, DiffusionGuide, Evaluations, PyroSMWarning, RoundInfo, require
 from pyro_sm.diffusion.covering import Covering, draw_with_covering
-from pyro_sm.objectives.elbo import Args, GuideObjective, Kwargs
+from pyro_sm.objectives.elbo import ScoreObjective
 from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round, damped_round, round_statistics
 from pyro_sm.objectives.importance_weighted.population import Particles, Population, as_round
 from pyro_sm.objectives.importance_weighted.weightings import PathWeights, Weighting, draw_step_noise
@@ -60,7 +60,7 @@ class Populated(NamedTuple):
     evaluations: int
 
 
-class ImportanceWeightedScoreMatching(GuideObjective):
+class ImportanceWeightedScoreMatching(ScoreObjective):
     r"""Trains a diffusion guide on an unnormalised model by importance-weighted score matching.
 
     Used like ``Trace_ELBO``: ``SVI(model, guide, optim, loss=ImportanceWeightedScoreMatching())``. One ``svi.step``
@@ -69,7 +69,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     falls as the guide learns; it does not bound the evidence.
 
     Args:
-        num_particles: N, draws and density evaluations per round.
+        num_draws: N, draws and density evaluations per round; 2048 by default.
         weighting: :class:`~pyro_sm.objectives.importance_weighted.weightings.PathWeights` (default) or
             :class:`~pyro_sm.objectives.importance_weighted.weightings.MarginalWeights` (the paper's form).
         covering: the component that keeps looking elsewhere; by default the weighting's choice: the model's prior
@@ -80,6 +80,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         batch_size: noised points per step.
         population: the particles that teach the sampler where the first round's weights leave nothing to learn from
             (see :class:`~pyro_sm.Population`), or None to go without them. Not used by ``MarginalWeights``.
+        num_particles: Pyro's word for ``num_draws``.
         max_plate_nesting: as in ``ELBO``; used by ``_get_trace`` only.
 
     Attributes:
@@ -93,7 +94,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
 
     def __init__(
         self,
-        num_particles: int = 2048,
+        num_draws: int | None = None,
         *,
         weighting: Weighting | None = None,
         covering: Covering | None = None,
@@ -102,10 +103,10 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         steps_per_round: int = 100,
         batch_size: int = 1024,
         population: Population | None = _POPULATION,
+        num_particles: int | None = None,
         max_plate_nesting: float = float("inf"),
     ) -> None:
         for name, value in (
-            ("num_particles", num_particles),
             ("buffer_rounds", buffer_rounds),
             ("steps_per_round", steps_per_round),
             ("batch_size", batch_size),
@@ -114,7 +115,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
                 raise ValueError(f"expected {name} >= 1, found {value}")
         if not 0 < effective_share < 1:
             raise ValueError(f"expected effective_share in (0, 1), found {effective_share}")
-        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        super().__init__(num_draws, num_particles, default=2048, max_plate_nesting=max_plate_nesting)
         self.weighting = weighting or PathWeights()
         self.covering = covering
         self.effective_share = effective_share
@@ -128,7 +129,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
     @property
     def evaluations_per_round(self) -> int:
         """Density evaluations of a round and the steps that follow it."""
-        own = self.num_particles + self.steps_per_round * self.batch_size * self.weighting.num_inner
+        own = self.num_draws + self.steps_per_round * self.batch_size * self.weighting.num_inner
         settings, particles = self.population, self.state.population
         return own + (settings.evaluations_of(particles) if settings is not None and particles is not None else 0)
 
@@ -159,7 +160,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
                 bound.diffusion(),
                 bound.density,
                 self.covering_for(bound.density),
-                self.num_particles,
+                self.num_draws,
                 with_score=self.weighting.needs_score,
             )
             return damped_round(draws, num_guide, self.effective_share)
@@ -172,7 +173,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         buffer, rounds = self.state.buffer, len(self.state.history)
         if buffer.rounds:
             with torch.no_grad(), poutine.block():
-                index = resample(buffer.weights().log(), min(_REFIT_DRAWS, self.num_particles * len(buffer.rounds)))
+                index = resample(buffer.weights().log(), min(_REFIT_DRAWS, self.num_draws * len(buffer.rounds)))
                 z = buffer.latents()[index]
                 straightened = bound.diffusion().straightened(z, begin=rounds in _STRAIGHTENING)
                 if straightened is not None:
@@ -220,7 +221,7 @@ class ImportanceWeightedScoreMatching(GuideObjective):
         # One who always wants a population has not said that every base is hopeless.
         if dim > settings.max_dim and info.khat >= max(settings.min_khat, _POPULATION.min_khat):
             warnings.warn(
-                f"the base is too far from the posterior to learn from: of {self.num_particles} weighted draws in "
+                f"the base is too far from the posterior to learn from: of {self.num_draws} weighted draws in "
                 f"{dim} latents a few carry all the weight (Pareto k̂ {info.khat:.1f}), and beyond "
                 f"{settings.max_dim} latents no population of particles helps out. Training goes on, but will most "
                 "likely take long and arrive nowhere. Start from a Gaussian that fits, base=BatchAndMatchBase() or "
@@ -314,25 +315,22 @@ class ImportanceWeightedScoreMatching(GuideObjective):
             buffer = Buffer((self._collect(bound),))
         return self.weighting.loss(process, density, self.covering_for(density), buffer, noise).mean()
 
-    def after_backward(self, seconds: float) -> None:
-        """Count ``seconds`` that the gradients of a step took."""
-        self.state = self.state._replace(seconds=self.state.seconds + seconds)
-
     # -- the ELBO interface ------------------------------------------------------------------------------------
 
-    def _loss(self, model: Callable[..., Any], guide: Any, args: Args, kwargs: Kwargs, *, commit: bool) -> Tensor:
+    def _loss(self, model: Callable[..., Any], guide: Any, arguments: Arguments, *, commit: bool) -> Tensor:
         diffusion_guide: DiffusionGuide = require(self, guide, DiffusionGuide)
-        bound = diffusion_guide.bind(model, *args, **kwargs)
+        bound = diffusion_guide.bind(model, *arguments.args, **arguments.kwargs)
         if not commit:
             return self._look(guide, bound)
         loss = self.step_loss(guide, bound)
         assert loss is not None  # nobody has stopped it
         return loss
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss of one batch, its gradients added to the guide's parameters; may begin a round."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a step's loss to the guide's parameters, and count their seconds."""
         started = time.monotonic()
         loss.backward()
-        self.after_backward(time.monotonic() - started)
-        return float(loss.detach())
+        self.state = self.state._replace(seconds=self.state.seconds + time.monotonic() - started)
+
+    def _backward(self, loss: Tensor, model: Callable[..., Any], guide: Any) -> None:
+        self.backward(loss)

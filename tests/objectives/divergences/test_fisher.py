@@ -27,7 +27,7 @@ from pyro.optim import Adam
 from torch.distributions import constraints
 
 from pyro_sm import AutoDiffusion, ModelRefusedError, PyroSMWarning
-from pyro_sm.base import PathDraws, PathGuide
+from pyro_sm.base import Arguments, PathDraws, PathGuide
 from pyro_sm.diffusion.flow import FlowSolver
 from pyro_sm.guides.mixture import AutoGaussianMixture
 from pyro_sm.model.density import ModelDensity
@@ -42,9 +42,10 @@ from pyro_sm.objectives import (
     MatrixMetric,
     MixtureFisherDivergence,
 )
-from pyro_sm.objectives.divergences.fisher import fisher_terms, latent_difference, squared_norm, variance_values
+from pyro_sm.objectives.divergences.fisher import fisher_terms, squared_norm, variance_values
 from pyro_sm.objectives.divergences.guide_paths import Path, automatic_path, set_up, uniform
 from pyro_sm.objectives.divergences.traced_paths import TracedGuide
+from pyro_sm.objectives.gradients import gradient
 
 F64 = torch.float64
 RHO = 0.8
@@ -59,6 +60,12 @@ def path_of(fn):
         return PathDraws(z, log_q, uniform(log_q))
 
     return Path(noise_shape(fn).numel(), draw, fn.log_prob, closed_form=True)
+
+
+def latent_difference(log_q, log_p, z):
+    """``Δ = ∇ log q − ∇ log p̃`` (N, D) at latents (N, D), which may carry a path gradient."""
+    z = z if z.requires_grad else z.detach().requires_grad_(True)
+    return gradient(log_q(z) - log_p(z), z, create_graph=True)
 
 
 def hermite(n, dim):
@@ -475,8 +482,9 @@ OBJECTIVES = {
 
 
 def path_for(guide, density, args):
-    set_up(guide, model, args, {})
-    return automatic_path(guide, density, args, {}) or TracedGuide(guide, density, args, {}).path(args, {})
+    arguments = Arguments(args)
+    set_up(guide, model, arguments)
+    return automatic_path(guide, density, arguments) or TracedGuide(guide, density, arguments).path(arguments)
 
 
 @pytest.mark.parametrize("name", [n for n in GUIDES if n != "AutoDiffusion"])
@@ -526,9 +534,9 @@ def test_log_q_agrees_with_a_trace(name):
 def test_only_the_guide_that_broadcasts_is_run_once():
     density = ModelDensity(model, (Y,))
     for guide, expected in ((hand_written, True), (listed(model), True), (sequential, False)):
-        set_up(guide, model, (Y,), {})
-        traced = TracedGuide(guide, density, (Y,), {})
-        traced.path((Y,), {}).draw(torch.randn(6, traced.noise_dim))
+        set_up(guide, model, Arguments((Y,)))
+        traced = TracedGuide(guide, density, Arguments((Y,)))
+        traced.path(Arguments((Y,))).draw(torch.randn(6, traced.noise_dim))
         assert traced._batched is expected
 
 

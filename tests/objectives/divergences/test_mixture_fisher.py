@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
 from torch.distributions import constraints
 
+from pyro_sm.base import Arguments
 from pyro_sm.guides.mixture import AutoGaussianMixture
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.objectives import (
@@ -24,7 +25,8 @@ from pyro_sm.objectives import (
     PriorMixing,
 )
 from pyro_sm.objectives.divergences.fisher import squared_norm
-from pyro_sm.objectives.divergences.mixture_fisher import MixingDensity, mixed_log_prob, mixture_values, pooled
+from pyro_sm.objectives.divergences.mixing import MixingDensity
+from pyro_sm.objectives.divergences.mixture_fisher import mixed_log_prob, mixture_values, pooled
 from pyro_sm.weights import Evidence
 
 F64 = torch.float64
@@ -246,7 +248,9 @@ def test_estimates_do_not_disturb_the_noise_of_the_steps():
         loss.differentiable_loss(two_modes, guide)
         torch.manual_seed(1)
         loss.state = loss.state._replace(history=loss.history[:1])
-        z, _ = loss._draw_mixture(loss._path(guide, loss._density(two_modes, (), {}), (), {}), loss.state.mixing, 16)
+        z, _ = loss._draw_mixture(
+            loss._path(guide, loss._density(two_modes, Arguments()), Arguments()), loss.state.mixing, 16
+        )
         losses.append(z)
         pyro.clear_param_store()
     assert torch.equal(*losses)

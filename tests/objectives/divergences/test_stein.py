@@ -19,6 +19,7 @@ from pyro.optim import Adam
 from torch.distributions import AffineTransform, constraints
 from torch.distributions.transforms import ComposeTransform, TanhTransform, Transform
 
+from pyro_sm.base import Arguments
 from pyro_sm.objectives.divergences.stein import SteinDiscrepancy, stein_discrepancy
 from pyro_sm.stein import (
     IMQ,
@@ -436,7 +437,7 @@ def test_a_markov_chain_needs_a_smaller_flip():
         (lambda: stein_test(torch.ones(1, 2), torch.ones(1, 2)), "two draws, found 1"),
         (lambda: stein_test(torch.ones(3, 2), torch.ones(3, 2), num_bootstrap=0), "num_bootstrap >= 1"),
         (lambda: stein_test(torch.ones(3, 2), torch.ones(3, 2), flip=0.7), r"\(0, 0.5\], found 0.7"),
-        (lambda: SteinDiscrepancy(num_particles=1), "num_particles >= 2, found 1"),
+        (lambda: SteinDiscrepancy(num_draws=1), "num_draws >= 2, found 1"),
     ],
 )
 def test_arguments_that_are_refused(call, words):
@@ -478,7 +479,7 @@ GUIDES = [
 @pytest.mark.parametrize("kernel", [IMQ(), RBF(1.0)], ids=["imq", "rbf"])
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_the_contract(make, kernel, unbiased):
-    guide, loss = make(model), SteinDiscrepancy(kernel, num_particles=8, unbiased=unbiased)
+    guide, loss = make(model), SteinDiscrepancy(kernel, num_draws=8, unbiased=unbiased)
     svi = SVI(model, guide, Adam({"lr": 0.01}), loss)
     loss.loss(model, guide, DATA)
     found = []
@@ -541,14 +542,14 @@ def test_guides_that_are_refused():
 @pytest.mark.parametrize("flow", [AffineTransform(0.0, torch.tensor([2.0, 0.5]), event_dim=1), TanhTransform()])
 def test_a_flow_in_the_objective_is_the_discrepancy_behind_it(flow):
     guide = AutoDiagonalNormal(model)
-    plain, behind = (SteinDiscrepancy(RBF(1.0), num_particles=16, flow=f) for f in (None, flow))
+    plain, behind = (SteinDiscrepancy(RBF(1.0), num_draws=16, flow=f) for f in (None, flow))
     plain.loss(model, guide, DATA)
     pyro.set_rng_seed(0)
     found = behind.differentiable_loss(model, guide, DATA)
     gradient = torch.autograd.grad(found, guide.loc)[0]
     pyro.set_rng_seed(0)
     z = guide.loc + guide.scale * torch.randn(16, 2)
-    density = plain._density(model, (DATA,), {})
+    density = plain._density(model, Arguments((DATA,)))
     (score_z,) = torch.autograd.grad(density.log_prob(z).sum(), z, create_graph=True)
     y = flow(z)
     if isinstance(flow, TanhTransform):
@@ -572,7 +573,7 @@ def test_a_gaussian_posterior_is_found():
         pyro.sample("z", dist.MultivariateNormal(mean, covariance))
 
     guide = AutoMultivariateNormal(target, init_scale=0.5)
-    loss = SteinDiscrepancy(IMQ(1.0), num_particles=64)
+    loss = SteinDiscrepancy(IMQ(1.0), num_draws=64)
     for rate, steps in ((0.03, 400), (0.005, 300)):
         svi = SVI(target, guide, Adam({"lr": rate}), loss)
         for _ in range(steps):

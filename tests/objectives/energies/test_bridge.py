@@ -18,8 +18,8 @@ from pyro_sm.objectives.energies.density_estimation import (
     DenoisingScoreMatching,
     DiffusionScoreMatching,
     ImplicitScoreMatching,
-    no_guide,
 )
+from pyro_sm.objectives.energies.energy_objective import no_guide
 from pyro_sm.objectives.energies.score_estimation import explicit
 
 exact = {"rtol": 1e-10, "atol": 1e-12}

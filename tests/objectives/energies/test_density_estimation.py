@@ -21,8 +21,8 @@ from pyro_sm.objectives.energies.density_estimation import (
     DenoisingScoreMatching,
     DiffusionScoreMatching,
     ImplicitScoreMatching,
-    no_guide,
 )
+from pyro_sm.objectives.energies.energy_objective import no_guide
 from pyro_sm.objectives.energies.score_estimation import gaussian_information
 
 DIM = 2
@@ -99,7 +99,7 @@ def store():
 @every_objective
 def test_the_contract(model, objective):
     """Three equal losses, gradients in every parameter, no draws left over, ``no_grad``, several steps."""
-    energy, loss, x = MODELS[model](), OBJECTIVES[objective](num_particles=2), data()
+    energy, loss, x = MODELS[model](), OBJECTIVES[objective](num_draws=2), data()
     svi = SVI(energy, no_guide, Adam({"lr": 0.01}), loss)
     found = []
     for step in (svi.step, svi.step):
@@ -471,7 +471,7 @@ def test_a_density_that_vanishes_on_the_data_is_refused():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: ImplicitScoreMatching(num_particles=0), ValueError, "num_particles >= 1"),
+        (lambda: ImplicitScoreMatching(num_draws=0), ValueError, "num_draws >= 1"),
         (lambda: DenoisingScoreMatching(0.0), ValueError, "sigma > 0, found 0.0"),
         (lambda: DenoisingScoreMatching(math.nan), ValueError, "sigma > 0"),
         (lambda: DiffusionScoreMatching(torch.ones(2, 3)), ValueError, r"\(D, D\), found \(2, 3\)"),
@@ -519,7 +519,7 @@ def fit(loss, x, steps=600, lr=0.02):
         (ImplicitScoreMatching(Exact()), 1e-3),
         (ImplicitScoreMatching(Sliced(8)), 0.05),
         (DiffusionScoreMatching(torch.tensor([[1.0, 0.0], [0.5, 1.5]])), 1e-3),
-        (DenoisingScoreMatching(0.05, num_particles=4), 0.05),
+        (DenoisingScoreMatching(0.05, num_draws=4), 0.05),
     ],
     ids=["exact", "sliced", "diffusion", "denoising"],
 )
@@ -570,7 +570,7 @@ def test_a_flow_finds_heavy_tails_where_the_plain_loss_does_not():
 @pytest.mark.slow
 def test_denoising_finds_the_blurred_density(float64):
     x = data(500)
-    _, precision = fit(DenoisingScoreMatching(0.7, num_particles=8), x)
+    _, precision = fit(DenoisingScoreMatching(0.7, num_draws=8), x)
     covariance = torch.cov(x.T, correction=0)
     blurred = torch.linalg.inv(covariance + 0.49 * torch.eye(DIM))
     assert float((precision - blurred).abs().max()) < 0.05

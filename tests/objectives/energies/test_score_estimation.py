@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import diffusion_explicit
 
 from pyro_sm.divergence import (
     Exact,
@@ -20,6 +21,7 @@ from pyro_sm.divergence import (
 )
 from pyro_sm.objectives.diffusion_matrices import constant_matrix
 from pyro_sm.objectives.energies import score_estimation as se
+from pyro_sm.objectives.energies.density_estimation import DenoisingScoreMatching, ImplicitScoreMatching
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -38,6 +40,11 @@ def hermite(dim, nodes=6):
     points = torch.tensor(list(itertools.product(x, repeat=dim)))
     weights = torch.tensor(list(itertools.product(w / w.sum(), repeat=dim))).prod(1)
     return points, weights
+
+
+def sliced(score, forms, probes):
+    """``vᵀ∇s v + ½ (vᵀs)²``, mean over P slices, of forms (P, B): the form without ``E (vᵀs)² = ‖s‖²``."""
+    return (forms + 0.5 * (probes * score).sum(-1).square()).mean(0)
 
 
 def data_score(x):
@@ -149,7 +156,7 @@ def test_explicit_is_implicit_plus_half_the_information(energy):
     esm = (w * se.explicit(score, data_score(x))).sum()
     ism = (w * se.implicit(score, trace)).sum()
     information = se.gaussian_information(TRIL @ TRIL.T)
-    torch.testing.assert_close(se.with_information(ism, information), esm, **exact)
+    torch.testing.assert_close(ImplicitScoreMatching().explicit_loss(ism, information), esm, **exact)
     assert abs(float(ism + information - esm)) > 0.1, "the factor ½ matters"
 
 
@@ -184,9 +191,10 @@ def test_one_scale_is_the_explicit_loss_on_noised_gaussian_data(sigma):
     esm = (w * se.explicit(score, target)).sum()
     dsm = (w * se.denoising(score, noise, sigma)).sum()
     information = se.gaussian_information(covariance, sigma)
-    found = se.denoising_with_information(dsm, information, 2, sigma)
+    loss, value = DenoisingScoreMatching(sigma), dsm - se.denoising_constant(2, sigma)
+    found = loss.explicit_loss(value, information)
     torch.testing.assert_close(found, esm, rtol=1e-9, atol=1e-9)
-    clean = se.denoising_with_information(dsm, se.gaussian_information(covariance), 2, sigma)
+    clean = loss.explicit_loss(value, se.gaussian_information(covariance))
     assert abs(float(clean - esm)) > 0.1, "the information of the clean data is another number"
 
 
@@ -196,10 +204,10 @@ def test_sliced_losses_are_unbiased_over_all_signs():
     score, forms = (value.detach() for value in se.score_and_forms(quartic, x, probes))
     _, trace = score_and_trace(quartic, x)
     expected = se.implicit(score, trace)
-    torch.testing.assert_close(se.sliced(score, forms, probes), expected, **exact)
-    torch.testing.assert_close(se.sliced_reduced(score, forms), expected, **exact)
-    assert float((se.sliced(score, forms, probes / math.sqrt(2)) - expected).abs().max()) > 0.1
-    spread = (w * (se.sliced(score, forms[:1], probes[:1]) - se.sliced_reduced(score, forms[:1])).square()).sum()
+    torch.testing.assert_close(sliced(score, forms, probes), expected, **exact)
+    torch.testing.assert_close(se.implicit(score, forms.mean(0)), expected, **exact)
+    assert float((sliced(score, forms, probes / math.sqrt(2)) - expected).abs().max()) > 0.1
+    spread = (w * (sliced(score, forms[:1], probes[:1]) - se.implicit(score, forms[0])).square()).sum()
     assert float(spread) > 0.01, "the two differ draw by draw"
 
 
@@ -226,7 +234,7 @@ def test_the_spread_of_every_loss(sigma):
         se.denoising(score, noise, sigma),
         se.denoising_centred(score, noise, sigma),
         se.denoising_controlled(score, -x, noise, sigma),
-        se.sliced(score, -probes.square().sum(-1), probes),
+        sliced(score, -probes.square().sum(-1), probes),
         se.explicit(score, -y / (1 + sigma**2)),
     )
     for value, expected in zip(values, TABLE[sigma], strict=True):
@@ -253,12 +261,12 @@ def test_diffusion_implicit_is_explicit_up_to_one_constant(divergence):
     probes = every_sign(x) if divergence == "signs" else divergence.probes(x)
     combine = (lambda forms: forms.mean(0)) if divergence == "signs" else divergence.combine
     matrix = varying(x)
-    expected = -(w * se.diffusion_explicit(data_score(x), torch.zeros_like(x), matrix)).sum()
+    expected = -(w * diffusion_explicit(data_score(x), torch.zeros_like(x), matrix)).sum()
     for energy in (quartic, cubic):
         weighted = se.weighted_score_and_forms(energy, varying, x, probes)
         score, _ = score_and_trace(energy, x)
         loss = (w * se.diffusion_implicit(weighted.score, combine(weighted.forms))).sum().detach()
-        gap = (w * se.diffusion_explicit(score, data_score(x), matrix)).sum()
+        gap = (w * diffusion_explicit(score, data_score(x), matrix)).sum()
         torch.testing.assert_close(loss - gap, expected, rtol=1e-9, atol=1e-9)
         wrong = se.weighted_score_and_forms(energy, lambda x: varying(x).mT, x, probes)
         assert abs(float((w * se.diffusion_implicit(wrong.score, combine(wrong.forms))).sum().detach() - loss)) > 1e-2

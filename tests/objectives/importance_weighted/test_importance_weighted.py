@@ -24,7 +24,7 @@ from pyro_sm import (
     PyroSMWarning,
     WideCovering,
 )
-from pyro_sm.base import DiffusionGuide
+from pyro_sm.base import Arguments, DiffusionGuide
 from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.examples import eight_schools
 from pyro_sm.nn.mlp import MLP
@@ -608,7 +608,7 @@ def learn(model, args, lesson, steps):
     bound = guide.bind(model, *args)
     objective.refit(bound)
     density = bound.density
-    return objective, guide.draw_weighted(density, 8000, args)
+    return objective, guide.draw_weighted(density, 8000, Arguments(args))
 
 
 @pytest.mark.slow
