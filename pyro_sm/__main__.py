@@ -17,7 +17,7 @@ import torch
 
 import pyro_sm
 from pyro_sm.base import CheckpointError
-from pyro_sm.bench import (
+from pyro_sm.bench.commands import (
     assurance,
     batching,
     calibration,
@@ -28,6 +28,7 @@ from pyro_sm.bench import (
     posteriors,
     references,
     report,
+    results,
     targets,
 )
 from pyro_sm.cli.demo import eight_schools_demo, galaxy_demo, looked_elsewhere
@@ -235,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         "assurance": assurance,
         "targets": targets,
         "report": report,
+        "results": results,
         "references": references,
     }
     for name, module in modules.items():
