@@ -288,7 +288,8 @@ def summary(name: str, rows: Sequence[Row], figures: Sequence[Figure]) -> str:
     failed = len(rows) - len(good(rows))
     parts += [f"{failed} of {len(rows)} failed"] if failed else []
     seconds = sum(row["CPU s"] for row in rows)
-    return f"{name}: {', '.join(parts)}, {seconds:,.0f} CPU s in all (median; worst)."
+    reading = " (median; worst)" if len(rows) > 1 else ""
+    return f"{name}: {', '.join(parts)}, {seconds:,.0f} CPU s in all{reading}."
 
 
 class Table(NamedTuple):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from pyro_sm.nn.mlp import MLP
 from pyro_sm.objectives import ImportanceWeightedScoreMatching
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
 
+KEYS = ("problem", "break", "seed", "budget")
+"""What identifies a row."""
 _DRAWS = 10_000  # whose own error of a mean is a hundredth, far below what is called wrong
 WRONG_MOMENT = 0.2
 """Reference standard deviations that a mean or an sd of a right answer may be off by: what a reader would see."""
@@ -159,7 +162,7 @@ _COLUMNS = (
 def markdown(rows: Sequence[Row]) -> str:
     """Case by case, as a Markdown table, and the summary below it."""
     found = lines(rows, lambda row: (row["problem"], row["break"]))
-    said = "\n".join(f"* {part.strip()}" for part in summary(rows).splitlines())
+    said = re.sub(r"^(\s*)", r"\1* ", summary(rows), flags=re.MULTILINE)
     return f"{as_markdown(('problem', 'break'), found, _COLUMNS)}\n\n{said}"
 
 
@@ -186,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
     expect_positive(options, ["evaluations"])
     # The problems in turn, so that a run that is stopped has something to say on each.
     keys = [
-        {"problem": name, "break": how, "seed": seed, "budget": options.evaluations}
+        dict(zip(KEYS, (name, how, seed, options.evaluations), strict=True))
         for seed in options.seeds
         for how in options.breaks
         for name in options.problems

@@ -22,6 +22,8 @@ from pyro_sm.bench.table import markdown as as_markdown
 from pyro_sm.bench.timing import REPEATS, fastest, one_thread
 from pyro_sm.model.density import ModelDensity, OneByOne
 
+KEYS = ("model", "batch", "repeats", "compile")
+"""What identifies a row."""
 _SINGLE = 16  # latents that the loop is timed on: each takes as long as the next
 
 
@@ -39,8 +41,8 @@ def measure(name: str, batch: int, *, single: int = _SINGLE, repeats: int = REPE
     density = ModelDensity(model, args)
     loop = ModelDensity(model, args, batching=OneByOne())
     z = density.prior_draws(batch)
-    row: Row = {"model": name, "batch": batch, "repeats": repeats, "compile": compile, "D": density.dim}
-    row["way"] = density.batching_method
+    row: Row = dict(zip(KEYS, (name, batch, repeats, compile), strict=True))
+    row |= {"D": density.dim, "way": density.batching_method}
     row["batched"] = 1e3 * fastest(lambda: density.log_prob_and_score(z), repeats) / batch
     row["one by one"] = 1e3 * fastest(lambda: loop.log_prob_and_score(z[:single]), repeats) / single
     if compile:
@@ -101,8 +103,7 @@ def run(options: argparse.Namespace) -> None:
         torch.manual_seed(0)  # for each: a row does not depend on which were in the file
         return measure(key["model"], key["batch"], repeats=key["repeats"], compile=key["compile"])
 
-    shared = {"batch": options.batch, "repeats": options.repeats, "compile": options.compile}
-    keys = [{"model": name, **shared} for name in PROBLEMS]
+    keys = [{"model": name, **{key: getattr(options, key) for key in KEYS[1:]}} for name in PROBLEMS]
     with one_thread():
         rows = run_all(keys, len(keys), measured, line, options.out)
     print(f"\n{markdown(rows)}")

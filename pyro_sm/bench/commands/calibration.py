@@ -49,6 +49,8 @@ from pyro_sm.diagnostics.export import KHAT_THRESHOLD
 from pyro_sm.diagnostics.plots.calibration import plot_calibration
 from pyro_sm.examples import eight_schools
 
+KEYS = ("model", "way", "seed", "budget", "draws", "dataset")
+"""What identifies a row."""
 _RANKED = 99  # so that ranks have a hundred values
 _SAMPLES = 4000  # to take them from, thinned: resampled draws repeat, and those of a Markov chain are alike
 _NORMAL_DECAY = ClippedDecay(0.03, 0.02)  # 500 steps have to do, and the last of them must not wander
@@ -146,9 +148,7 @@ WAYS: dict[str, Callable[[int], Fit]] = {
 
 def measure(name: str, way: str, index: int, seed: int, evaluations: int) -> Row:
     """A data set as a row; a fit that fails is a row that says why."""
-    row: Row = {
-        "model": name, "way": way, "seed": seed, "budget": evaluations, "draws": _RANKED, "dataset": index,
-    }  # fmt: skip
+    row: Row = dict(zip(KEYS, (name, way, seed, evaluations, _RANKED, index), strict=True))
     problem, started = MODELS[name](), time.process_time()
     try:
         with warnings.catch_warnings():
@@ -264,11 +264,10 @@ def run(options: argparse.Namespace) -> None:
 
     # The models in turn, so that a run that is stopped has something to say on each.
     wanted = [
-        {"model": name, "way": options.way, "seed": options.seed, "budget": options.evaluations, "draws": _RANKED,
-         "dataset": index}
+        dict(zip(KEYS, (name, options.way, options.seed, options.evaluations, _RANKED, index), strict=True))
         for index in range(options.datasets)
         for name in options.models
-    ]  # fmt: skip
+    ]
     rows = run_all(wanted, len(wanted), measured, line, options.out)
     found = _print_tests(rows, options.models)
     if options.markdown:

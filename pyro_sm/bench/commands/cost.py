@@ -41,6 +41,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "many-well": lambda: from_target(ManyWell()),
     "DW-4, EGNN": lambda: from_target(DoubleWellParticles()),
 }
+KEYS = ("model", "draws", "kernels", "repeats", "compile", "dtype")
+"""What identifies a row."""
 _STEPS_PER_REPEAT = 10  # a training step is so much shorter than a batch of draws
 _ROWS = 1024  # of a compiled network's first call: as many as a training step's
 
@@ -184,8 +186,7 @@ def run(options: argparse.Namespace) -> None:
             compile=key["compile"],
         )
 
-    names = ("draws", "kernels", "repeats", "compile", "dtype")
-    keys = [{"model": model, **{name: getattr(options, name) for name in names}} for model in PROBLEMS]
+    keys = [{"model": name, **{key: getattr(options, key) for key in KEYS[1:]}} for name in PROBLEMS]
     with one_thread(getattr(torch, options.dtype)):
         rows = run_all(keys, len(keys), measured, line, options.out)
     print(f"\n{tables(rows)[0].title}, 1 thread\n\n{markdown(rows)}")

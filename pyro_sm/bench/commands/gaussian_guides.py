@@ -33,6 +33,8 @@ from pyro_sm.gaussians.batch_and_match import Gaussian
 from pyro_sm.gaussians.gaussian import gaussian_log_prob
 from pyro_sm.model.density import ModelDensity
 
+KEYS = ("posterior", "way", "seed", "budget")
+"""What identifies a row."""
 _DRAWS = 10_000  # which tell a moment to a hundredth of an sd
 _CHUNK = 1_000  # the hidden Markov models take 3 kB per latent and time step
 
@@ -56,7 +58,7 @@ def judge(problem: Problem, density: ModelDensity, gaussian: Gaussian) -> dict[s
 
 def measure(posterior: Posterior, way: str, seed: int, evaluations: int) -> Row:
     """Fit one posterior one way and compare with the reference; a fit that fails is a row that says why."""
-    row: Row = {"posterior": posterior.name, "way": way, "seed": seed, "budget": evaluations}
+    row: Row = dict(zip(KEYS, (posterior.name, way, seed, evaluations), strict=True))
     problem = from_posterior(posterior)
     with in_float64(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Pyro's, of losses that are not numbers: the row tells
@@ -146,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
         return measure(known[key["posterior"]], key["way"], key["seed"], key["budget"])
 
     keys = [
-        {"posterior": name, "way": way, "seed": options.seed, "budget": options.evaluations}
+        dict(zip(KEYS, (name, way, options.seed, options.evaluations), strict=True))
         for name in known
         for way in options.ways
     ]

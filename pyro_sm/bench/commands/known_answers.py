@@ -28,7 +28,7 @@ from pyro_sm.bench.methods.fit import Cost, Fit, begin
 from pyro_sm.bench.methods.sampler import sampler_within
 from pyro_sm.bench.methods.svi import Constant, Cosine, Schedule, train
 from pyro_sm.bench.problem import Problem, Samples, by_site
-from pyro_sm.bench.rows import Row, add_markdown, add_out, run_all
+from pyro_sm.bench.rows import PROVENANCE, Row, add_markdown, add_out, run_all
 from pyro_sm.bench.table import Costs, Estimate, Part, Table, Words, entry, figure, fixed, lines
 from pyro_sm.bench.table import markdown as as_markdown
 from pyro_sm.corrections import ImportanceResampling
@@ -40,6 +40,8 @@ from pyro_sm.model.density import ModelDensity
 from pyro_sm.objectives import ImportanceWeightedScoreMatching, MarginalWeights
 from pyro_sm.targets.gaussian_mixture import GaussianMixture
 
+KEYS = ("problem", "way", "seed")
+"""What identifies a row."""
 _POOL = 40_000  # weighted draws, half of which are resampled: shares of 24 labellings to a third of a percent
 _SCALE = 25.0  # of the base for GMM-40, whose prior is improper: the user must say where to look
 
@@ -152,9 +154,7 @@ def measure(name: str, way: str, seed: int, budget: int, bar: bool = False) -> R
     problem = problems()[name]
     fit = WAYS[way](problem, seed, budget, bar)
     return {
-        "problem": name,
-        "way": way,
-        "seed": seed,
+        **dict(zip(KEYS, (name, way, seed), strict=True)),
         **weight_figures(fit, problem.log_evidence),
         **problem.judged(fit.samples),
         "training evaluations": fit.training.values,
@@ -172,9 +172,9 @@ def line(row: Row) -> str:
     def show(value: Any) -> str:
         return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
-    head = ("problem", "way", "seed")
-    shown = [show(row[key]) for key in head]
-    return ", ".join([*shown, *(f"{key} {show(value)}" for key, value in row.items() if key not in head)])
+    left_out = (*KEYS, *PROVENANCE)
+    found = (f"{key} {show(value)}" for key, value in row.items() if key not in left_out)
+    return ", ".join([*(show(row[key]) for key in KEYS), *found])
 
 
 def _modes(row: Row) -> str:
@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> None:
         return measure(key["problem"], key["way"], key["seed"], options.budget, options.progress)
 
     runs = _selected(options.only)
-    keys = [{"problem": name, "way": way, "seed": seed} for name, way in runs for seed in options.seeds]
+    keys = [dict(zip(KEYS, (name, way, seed), strict=True)) for name, way in runs for seed in options.seeds]
     rows = run_all(keys, len(keys), measured, line, options.out)
     if options.markdown:
         print(f"\n{markdown(rows)}")

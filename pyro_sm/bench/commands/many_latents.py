@@ -29,6 +29,8 @@ from pyro_sm.guides import BatchAndMatchBase
 from pyro_sm.model.density import ModelDensity
 
 _POOL = 10_000  # draws weighed: an evidence to a hundredth of a nat at an effective share of a half
+KEYS = ("groups", "way", "seed", "budget")
+"""What identifies a row."""
 WAYS = ("base", "sampler")
 
 
@@ -55,10 +57,7 @@ def measure(num_groups: int, way: str, seed: int, evaluations: int) -> Row:
     draws, spent, rounds = _by_base(effects, seed) if way == "base" else _by_sampler(effects, seed, evaluations)
     fit = Fit({}, Cost(spent, 0, 0.0), Cost(_POOL, 0, 0.0), draws.log_weight)
     return {
-        "groups": num_groups,
-        "way": way,
-        "seed": seed,
-        "budget": evaluations,
+        **dict(zip(KEYS, (num_groups, way, seed, evaluations), strict=True)),
         "latents": num_groups + 3,
         **weight_figures(fit, log_evidence(effects.y)),
         "evaluations": spent,
@@ -115,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         return measure(key["groups"], key["way"], key["seed"], key["budget"])
 
     keys = [
-        {"groups": groups, "way": way, "seed": seed, "budget": options.evaluations}
+        dict(zip(KEYS, (groups, way, seed, options.evaluations), strict=True))
         for groups in options.groups
         for seed in options.seeds
         for way in options.ways

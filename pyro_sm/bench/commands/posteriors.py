@@ -49,6 +49,8 @@ from pyro_sm.bench.table import markdown as as_markdown
 from pyro_sm.examples.posteriors import Posterior
 from pyro_sm.weights import evidence
 
+KEYS = ("posterior", "way", "seed", "budget")
+"""What identifies a row."""
 GOOD = 0.05
 """Reference sds within which a mean or an sd is called right: as many as 400 independent draws would be off by."""
 
@@ -79,7 +81,7 @@ WAYS: dict[str, Callable[[Limits], Way]] = {
 
 def measure(posterior: Posterior, way: str, seed: int, limits: Limits) -> Row:
     """Fit and compare with the reference; a fit that fails is a row that says why."""
-    row: Row = {"posterior": posterior.name, "way": way, "seed": seed, "budget": limits.evaluations}
+    row: Row = dict(zip(KEYS, (posterior.name, way, seed, limits.evaluations), strict=True))
     started = time.process_time()
     problem = from_posterior(posterior)
     try:
@@ -173,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
         return measure(known[key["posterior"]], key["way"], key["seed"], limits)
 
     keys = [
-        {"posterior": name, "way": way, "seed": options.seed, "budget": options.evaluations}
+        dict(zip(KEYS, (name, way, options.seed, options.evaluations), strict=True))
         for name in known
         for way in options.ways
     ]

@@ -49,16 +49,18 @@ class Section(NamedTuple):
     """The tables of one command.
 
     ``name``: of the command, and of its files. ``explained``: the text whose first line is the heading, and which
-    says from "Columns" on what they are. ``tables``: of its rows.
+    says from "Columns" on what they are. ``keys``: the entries of a row that no other may have all the same.
+    ``tables``: of its rows.
     """
 
     name: str
     explained: str
+    keys: tuple[str, ...]
     tables: Callable[[Sequence[Row]], list[Table]]
 
 
 def _section(name: str, module: ModuleType) -> Section:
-    return Section(name, module.__doc__ or "", module.tables)
+    return Section(name, module.__doc__ or "", module.KEYS, module.tables)
 
 
 # Rows of `bench targets`, tables of `bench report`, and the figures in them.
@@ -68,7 +70,7 @@ SECTIONS = (
     _section("gaussian-guides", gaussian_guides),
     _section("known-answers", known_answers),
     _section("many-latents", many_latents),
-    Section("targets", _OF_TARGETS, report.tables),
+    Section("targets", _OF_TARGETS, targets.KEYS, report.tables),
     _section("assurance", assurance),
     _section("calibration", calibration),
     _section("cost", cost),
@@ -80,29 +82,36 @@ SECTIONS = (
 # ----------------------------------------------------------------------------------------------------- reading
 
 
+def _section_of(path: Path, sections: Sequence[Section]) -> Section:
+    # The longest name first, should one begin with another.
+    for section in sorted(sections, key=lambda section: len(section.name), reverse=True):
+        if path.stem == section.name or path.stem.startswith(f"{section.name}-"):
+            return section
+    known = ", ".join(section.name for section in sections)
+    raise ValueError(f"'{path.name}' is of no command with tables: expected one of {known}, or NAME-more")
+
+
 def read_folder(folder: Path, sections: Sequence[Section] = SECTIONS) -> dict[str, list[Row]]:
     """The rows of every section that has any, by its name.
 
     Raises:
-        ValueError: a file is of no section, or a row does not say how it was made.
+        ValueError: a file is of no section, a row does not say how it was made, or one is there twice.
     """
     found: dict[str, list[Row]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        # The longest name first, should one begin with another.
-        names = sorted((section.name for section in sections), key=len, reverse=True)
-        name = next((name for name in names if re.fullmatch(rf"{name}(-.+)?", path.stem)), None)
-        if name is None:
-            known = ", ".join(section.name for section in sections)
-            raise ValueError(f"'{path.name}' is of no command with tables: expected one of {known}, or NAME-more")
+    seen: dict[tuple[object, ...], str] = {}
+    for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stem):
+        section = _section_of(path, sections)
         rows = read(path)
         for number, row in enumerate(rows, 1):
-            missing = [key for key in PROVENANCE if not row.get(key)]
+            place = f"line {number} of '{path.name}'"
+            missing = [key for key in (*PROVENANCE, *section.keys) if row.get(key, "") == ""]
             if missing:
-                raise ValueError(
-                    f"line {number} of '{path.name}' does not say how it was made: it lacks {', '.join(missing)}; "
-                    f"measure it again"
-                )
-        found.setdefault(name, []).extend(rows)
+                raise ValueError(f"{place} lacks {', '.join(missing)}: a row says how it was made, and of what it is")
+            key = (section.name, *(row[name] for name in section.keys))
+            if key in seen:
+                raise ValueError(f"{place} is of the same run as {seen[key]}: keep one of them")
+            seen[key] = place
+        found.setdefault(section.name, []).extend(rows)
     return found
 
 
