@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sm.bench.problem import Problem, Samples, from_posterior, from_target
+from pyro_sm.bench.problem import Problem, Samples, from_posterior, from_target, named
 from pyro_sm.examples.errors import worst_errors
 from pyro_sm.examples.posteriors import Posterior, posteriors
 from pyro_sm.gaussians.gaussian import LocScale
@@ -50,15 +50,15 @@ def _target(target: HasDraws, corner: tuple[Tensor, float], columns: slice = sli
     exact = target.sample(_EXACT, torch.Generator().manual_seed(1)).double()[:, columns]
     mean, sd = exact.mean(0), exact.std(0)
 
-    def errors(samples: Samples) -> dict[str, float]:
+    def judged(samples: Samples) -> dict[str, float]:
         x = samples["x"]
-        worst = worst_errors(x.double()[:, columns], mean, sd)
+        errors = named(worst_errors(x.double()[:, columns], mean, sd))
         shares = math.nan
         if isinstance(target, HasModes):
             shares = 0.5 * float((target.mode_shares(x) - target.mode_weights()).abs().sum())
-        return {"mean error": worst.mean, "sd error": worst.sd, "shares error": shares}
+        return {**errors, "shares error": shares}
 
-    problem = replace(from_target(target), errors=errors)
+    problem = replace(from_target(target), errors=judged)
     return Broken(problem, GivenBase(*target.start), GivenBase(*corner))
 
 

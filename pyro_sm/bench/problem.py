@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_sm.examples.errors import Errors
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.examples.posteriors import Posterior, posteriors
 from pyro_sm.guides import GivenBase
@@ -96,14 +97,19 @@ def in_float64() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- posteriors
 
 
-def from_posterior(posterior: Posterior, base: Base | None = None) -> Problem:
+def named(worst: Errors) -> dict[str, float]:
+    """As rows have them."""
+    return {"mean error": worst.mean, "sd error": worst.sd}
+
+
+def from_posterior(posterior: Posterior) -> Problem:
     """With the worst error of a mean and of an sd, in reference sds."""
-
-    def errors(samples: Samples) -> dict[str, float]:
-        worst = posterior.errors(samples)
-        return {"mean error": worst.mean, "sd error": worst.sd}
-
-    return Problem(posterior.model, posterior.args, base, log_evidence=posterior.log_evidence, errors=errors)
+    return Problem(
+        posterior.model,
+        posterior.args,
+        log_evidence=posterior.log_evidence,
+        errors=lambda samples: named(posterior.errors(samples)),
+    )
 
 
 def selected(parts: Sequence[str]) -> list[Posterior]:

@@ -27,7 +27,7 @@ from pyro_sm.bench.methods.chains import fit_by_chains
 from pyro_sm.bench.methods.fit import Cost, Fit, begin
 from pyro_sm.bench.methods.sampler import sampler_within
 from pyro_sm.bench.methods.svi import Constant, Cosine, Schedule, train
-from pyro_sm.bench.problem import Problem, Samples, by_site
+from pyro_sm.bench.problem import Problem, Samples, by_site, named
 from pyro_sm.bench.rows import PROVENANCE, Row, add_markdown, add_out, run_all
 from pyro_sm.bench.table import Costs, Estimate, Part, Table, Words, entry, figure, fixed, lines
 from pyro_sm.bench.table import markdown as as_markdown
@@ -49,8 +49,7 @@ _SCALE = 25.0  # of the base for GMM-40, whose prior is improper: the user must 
 
 
 def _eight_schools_errors(samples: Samples) -> dict[str, float]:
-    worst = eight_schools.errors(samples)
-    return {"mean error": worst.mean, "sd error": worst.sd}
+    return named(eight_schools.errors(samples))
 
 
 def _galaxy_errors(samples: Samples) -> dict[str, float]:

@@ -12,12 +12,12 @@ from pyro_sm.bench.methods.chains import Chains
 from pyro_sm.bench.methods.fit import Method
 from pyro_sm.bench.methods.sampler import InnerObjective, PathObjective, Sampler
 from pyro_sm.bench.methods.svi import (
-    DiffusionGuideAtStart,
     ElboLoss,
     InverseFlowGuide,
     LogVarianceLoss,
-    NormalGuide,
     Variational,
+    diffusion_guide,
+    normal_guide,
 )
 from pyro_sm.bench.methods.tempered import Tempered
 from pyro_sm.objectives import MarginalWeights
@@ -30,12 +30,12 @@ _METHODS: tuple[Method, ...] = (
     Sampler("iwsm-marginal", InnerObjective(MarginalWeights())),
     Tempered(),
     Chains(),
-    Variational("auto-normal", NormalGuide(), ElboLoss(), learning_rate=1e-2),
+    Variational("auto-normal", normal_guide, ElboLoss(), learning_rate=1e-2),
     Variational("auto-iaf", InverseFlowGuide(), ElboLoss(), learning_rate=2e-3),
     Sampler("idem", InnerObjective(UnitWeights())),
     Sampler("forward-kl", PathObjective(plain=True)),
-    Variational("reverse-kl", DiffusionGuideAtStart(), ElboLoss(), learning_rate=2e-3),
-    Variational("log-variance", DiffusionGuideAtStart(), LogVarianceLoss(), learning_rate=5e-4),
+    Variational("reverse-kl", diffusion_guide, ElboLoss(), learning_rate=2e-3),
+    Variational("log-variance", diffusion_guide, LogVarianceLoss(), learning_rate=5e-4),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 """The methods by the names of the command line."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -78,12 +78,8 @@ def fit_by_sampler(problem: Problem, seed: int, budget: Budget) -> Fit:
 # ------------------------------------------------------------------------------------------- objectives on targets
 
 
-class ObjectiveFor(Protocol):
-    """How a :class:`Sampler` makes its objective for a budget."""
-
-    def __call__(self, target: Target, evaluations: int) -> ImportanceWeightedScoreMatching:
-        """A fresh objective."""
-        ...
+ObjectiveFor = Callable[[Target, int], ImportanceWeightedScoreMatching]
+"""A fresh objective for a budget of evaluations."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO, SVI, Trace_ELBO
@@ -156,23 +156,21 @@ class ElboWay:
 # ----------------------------------------------------------------------------------------------------- on targets
 
 
-class GuideFor(Protocol):
-    """How :class:`Variational` makes its guide."""
-
-    def __call__(self, target: Target) -> tuple[Callable[[], None], Callable[..., Any], bool]:
-        """Model, guide, and whether their latent is the whitened one."""
-        ...
+Guided = tuple[Callable[[], None], Callable[..., Any], bool]
+"""Model, guide, and whether their latent is the whitened one."""
 
 
-@dataclass(frozen=True)
-class NormalGuide:
-    """Pyro's ``AutoNormal`` from the start's own mean and scales."""
+def normal_guide(target: Target) -> Guided:
+    """Pyro's ``AutoNormal`` from the start's own mean and scales: at ``u = 0`` with scale 1."""
+    model = start.whitened_model(target)
+    origin = torch.zeros_like(target.start.loc)
+    return model, AutoNormal(model, init_loc_fn=init_to_value(values={"x": origin}), init_scale=1.0), True
 
-    def __call__(self, target: Target) -> tuple[Callable[[], None], Callable[..., Any], bool]:
-        """At ``u = 0`` with scale 1."""
-        model = start.whitened_model(target)
-        origin = torch.zeros_like(target.start.loc)
-        return model, AutoNormal(model, init_loc_fn=init_to_value(values={"x": origin}), init_scale=1.0), True
+
+def diffusion_guide(target: Target) -> Guided:
+    """:class:`~pyro_sm.AutoDiffusion` with the start as its base; of particles, with a bounded network."""
+    model = start.model(target)
+    return model, start.guide_at(target, model, bounded=True), False
 
 
 @dataclass(frozen=True)
@@ -187,21 +185,11 @@ class InverseFlowGuide:
     num_transforms: int = 4
     width: int = 64
 
-    def __call__(self, target: Target) -> tuple[Callable[[], None], Callable[..., Any], bool]:
+    def __call__(self, target: Target) -> Guided:
         """Over ``u``."""
         model = start.whitened_model(target)
         hidden = [max(self.width, 2 * target.dim)] * 2
         return model, AutoIAFNormal(model, hidden_dim=hidden, num_transforms=self.num_transforms), True
-
-
-@dataclass(frozen=True)
-class DiffusionGuideAtStart:
-    """:class:`~pyro_sm.AutoDiffusion` with the start as its base; of particles, with a bounded network."""
-
-    def __call__(self, target: Target) -> tuple[Callable[[], None], Callable[..., Any], bool]:
-        """Over ``x``: the guide whitens by itself."""
-        model = start.model(target)
-        return model, start.guide_at(target, model, bounded=True), False
 
 
 @dataclass(frozen=True)
@@ -239,7 +227,7 @@ class Variational:
     """
 
     name: str
-    guide: GuideFor
+    guide: Callable[[Target], Guided]
     loss: ElboLoss | LogVarianceLoss
     learning_rate: float
     num_particles: int = 64
