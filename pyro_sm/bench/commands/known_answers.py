@@ -98,6 +98,7 @@ def _weighted_fit(draws: Draws, density: ModelDensity, training_evaluations: int
 
 def fit_by_sampler(problem: Problem, seed: int, budget: int, bar: bool) -> Fit:
     """``DiffusionSampler(model).run(data)`` with its defaults and a budget."""
+    begin(seed)  # for the resampling: the sampler has a generator of its own
     sampler = sampler_within(problem.model, seed, budget, base=problem.base, bar=bar)
     sampler.run(*problem.args)
     training = sampler.history[-1].density_evaluations
