@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: commands that print the tables."""
+"""Benchmarks: commands whose rows are kept, and the tables that are made of them."""

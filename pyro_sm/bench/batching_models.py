@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-Problem = tuple[Callable[..., None], tuple[Any, ...]]
+ModelAndArgs = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:
@@ -23,7 +23,7 @@ def _noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.get_default_dtype())
 
 
-def eight_schools() -> Problem:
+def eight_schools() -> ModelAndArgs:
     """Rubin's eight schools, non-centred; D = 10. Everything broadcasts."""
     y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
     sigma = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
@@ -39,7 +39,7 @@ def eight_schools() -> Problem:
     return model, (y, sigma)
 
 
-def hierarchical_logistic(rows: int = 200, groups: int = 19, columns: int = 9) -> Problem:
+def hierarchical_logistic(rows: int = 200, groups: int = 19, columns: int = 9) -> ModelAndArgs:
     """Varying intercepts ``alpha[g]`` and ``X @ beta``; D = 30. Neither broadcasts on the left."""
     x = _noise(rows, columns)
     group = torch.arange(rows) % groups
@@ -57,7 +57,7 @@ def hierarchical_logistic(rows: int = 200, groups: int = 19, columns: int = 9) -
     return model, (x, group, y)
 
 
-def mixture(rows: int = 80, components: int = 3) -> Problem:
+def mixture(rows: int = 80, components: int = 3) -> ModelAndArgs:
     """Gaussian mixture with its labels enumerated, ``locs[z]``; D = 8."""
     y = torch.cat([_noise(rows // 2) - 3, _noise(rows - rows // 2, seed=1) * 0.5 + 2])
 
@@ -73,7 +73,7 @@ def mixture(rows: int = 80, components: int = 3) -> Problem:
     return model, (y,)
 
 
-def correlated(rows: int = 50, size: int = 4) -> Problem:
+def correlated(rows: int = 50, size: int = 4) -> ModelAndArgs:
     """Multivariate normal with an LKJ prior on the correlations; D = 14."""
     y = _noise(rows, size) @ (torch.eye(size) + 0.5 * torch.ones(size, size).tril(-1)).T
 
@@ -88,7 +88,7 @@ def correlated(rows: int = 50, size: int = 4) -> Problem:
     return model, (y,)
 
 
-def state_space(steps: int = 40) -> Problem:
+def state_space(steps: int = 40) -> ModelAndArgs:
     """Local level model in a Python loop of 40 steps; D = 43."""
     y = _noise(steps).cumsum(0) * 0.3 + _noise(steps, seed=1)
 
@@ -104,7 +104,7 @@ def state_space(steps: int = 40) -> Problem:
     return model, (y,)
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {
+PROBLEMS: dict[str, Callable[[], ModelAndArgs]] = {
     "eight schools": eight_schools,
     "hierarchical logistic": hierarchical_logistic,
     "enumerated mixture": mixture,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import time
 from collections.abc import Sequence
@@ -14,6 +15,11 @@ import torch
 from pyro_sm.diagnostics import Verdict, plot_khat, plot_raw_vs_weighted, plot_training, summary_table
 from pyro_sm.examples import eight_schools, galaxies
 from pyro_sm.sampler import DiffusionSampler, StoppingRule
+
+
+def stopping_within(budget: int | None) -> StoppingRule:
+    """The default rule, with this budget if there is one."""
+    return StoppingRule() if budget is None else StoppingRule(max_evaluations=budget)
 
 
 def looked_elsewhere(verdict: Verdict) -> str:
@@ -88,3 +94,28 @@ def eight_schools_demo(folder: Path, *, seed: int, stopping: StoppingRule, check
     exact = eight_schools.reference().log_evidence
     print(f"exact         log evidence {exact:.3f}: ours differs by {sampler.log_evidence - exact:+.3f}")
     print(f"time          {seconds:.0f} s, {torch.get_num_threads()} threads")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``demo``."""
+    parser.add_argument("--out", default="pyro_sm_demo", help="folder for NetCDF and pictures (default %(default)s)")
+    parser.add_argument("--components", type=int, default=3, help="of the galaxy mixture (default %(default)s)")
+    parser.add_argument("--shared-variance", action="store_true", help="one variance for all components")
+    parser.add_argument("--only-galaxies", action="store_true", help="leave eight schools out")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The galaxies, then eight schools."""
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stopping = stopping_within(options.budget)
+    galaxy_demo(
+        folder,
+        num_components=options.components,
+        shared_variance=options.shared_variance,
+        seed=options.seed,
+        stopping=stopping,
+        check=not options.no_check,
+    )
+    if not options.only_galaxies:
+        eight_schools_demo(folder, seed=options.seed, stopping=stopping, check=not options.no_check)

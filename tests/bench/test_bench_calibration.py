@@ -10,8 +10,8 @@ from pyro import poutine
 
 from pyro_sm import ModelDensity
 from pyro_sm.__main__ import main
-from pyro_sm.bench import calibration
-from pyro_sm.bench.calibration import MODELS, WAYS, measure
+from pyro_sm.bench.commands import calibration
+from pyro_sm.bench.commands.calibration import MODELS, WAYS, measure
 from pyro_sm.diagnostics.calibration.simulation import LOG_LIKELIHOOD, Fitted, simulate
 
 QUANTITIES = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pyro_sm.__main__ import main
-from pyro_sm.bench import posteriors
-from pyro_sm.bench.posteriors import Limits, measure
+from pyro_sm.bench.commands import posteriors
+from pyro_sm.bench.commands.posteriors import Limits, measure
+from pyro_sm.bench.methods import chains
 from pyro_sm.examples.posteriors import posteriors as catalogue
 
 SMALL = "gp_pois_regr-gp_regr"
@@ -36,7 +37,7 @@ def test_chains_are_cut_off_by_time_and_what_they_have_counts(monkeypatch):
         return now[0]
 
     monkeypatch.setattr(posteriors.time, "process_time", clock)
-    monkeypatch.setattr(posteriors, "_WARMUP", 20)
+    monkeypatch.setattr(chains, "_WARMUP", 20)
     # A look at the clock per evaluation: 500 of them per chain.
     row = measure(posterior, "nuts", 0, Limits(1, 20.0))
     assert "failed" not in row, row
@@ -62,11 +63,11 @@ TABLE = """\
 |---|---|---|---|---|---|---|---|---|---|
 | a | sampler | 0.010 | 0.020 | +0.003 ± 0.004 | 0.20 | 0.90 | trust | 1,000 / 900 | 3 + 0.5 |
 | a | nuts | 0.060 | 0.020 | – | – | – | – | 10 / 10 | 7 + 2.0 |
-| b | nuts | failed: ValueError: a / b | | | | | | | 1 |
+| b | nuts | failed: ValueError: a / b, 1 CPU s | | | | | | | |
 
 sampler: median of the worse error 0.020, 1 of 1 within 0.05, 4 CPU s in all.
 
-nuts: median of the worse error inf, 0 of 2 within 0.05, 10 CPU s in all."""
+nuts: median of the worse error ∞, 0 of 2 within 0.05, 10 CPU s in all."""
 
 
 def test_the_table_is_exact():

@@ -17,10 +17,18 @@ from pyro.optim import SGD
 from torch import Tensor, nn
 
 from pyro_sm.__main__ import main
-from pyro_sm.bench import report, target_methods, targets
-from pyro_sm.bench.target_baselines import BoundedOutput, PathLogVariance, UnitWeights
-from pyro_sm.bench.target_methods import METHODS, Budget, Chains, InnerObjective, Tempered
+from pyro_sm.bench import judge
+from pyro_sm.bench.commands import report, targets
+from pyro_sm.bench.methods import catalogue, start
+from pyro_sm.bench.methods.baselines import BoundedOutput, PathLogVariance, UnitWeights
+from pyro_sm.bench.methods.catalogue import METHODS
+from pyro_sm.bench.methods.chains import Chains
+from pyro_sm.bench.methods.fit import Budget
+from pyro_sm.bench.methods.sampler import InnerObjective
+from pyro_sm.bench.methods.tempered import Tempered
+from pyro_sm.bench.problem import TARGETS, reference_draws
 from pyro_sm.density import FunctionDensity
+from pyro_sm.diagnostics.plots.benchmark import plot_energies, plot_samples_over_contours
 from pyro_sm.diffusion.covering import WideCovering, draw_with_covering
 from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.examples.improper import factor_model
@@ -36,7 +44,7 @@ BUDGET = 1024
 
 @pytest.fixture(autouse=True)
 def small_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(targets.TARGETS, "unequal-2", lambda: UnequalModes(2))
+    monkeypatch.setitem(TARGETS, "unequal-2", lambda: UnequalModes(2))
 
 
 def command(out: Path, *methods: str, names: tuple[str, ...] = ("unequal-2",)) -> list[str]:
@@ -55,23 +63,23 @@ def test_every_method_fits_and_counts(name: str, monkeypatch: pytest.MonkeyPatch
     target = UnequalModes(2)
     fit = METHODS[name].fit(target, 0, Budget(BUDGET, 200))
     assert (len(graphs) > 0) == (name == "iwsm-compiled")
-    assert bool(torch.isfinite(fit.samples).all())
-    assert fit.samples.shape[1] == 2
+    assert bool(torch.isfinite(fit.samples["x"]).all())
+    assert fit.samples["x"].shape[1] == 2
     assert fit.training.seconds > 0
     weighted = name not in ("smc", "nuts")
     if weighted:
-        assert fit.samples.shape[0] == 200
+        assert fit.samples["x"].shape[0] == 200
         assert fit.log_weight is not None
         assert fit.log_weight.shape == (800,)
         moves = 200 * 1001 if name == "iwsm-moves" else 0
-        assert (fit.drawing.density, fit.drawing.gradient) == (800 + moves, moves)
-        assert fit.log_evidence_se is not None
-        assert abs(fit.log_evidence or 0.0) < 6 * fit.log_evidence_se + 0.3
-    spent = max(fit.training.density, fit.training.gradient)
+        assert (fit.drawing.values, fit.drawing.scores) == (800 + moves, moves)
+        found = judge.weight_figures(fit, 0.0)
+        assert abs(found["log Z error"]) < 6 * found["log Z se"] + 0.3
+    spent = max(fit.training.values, fit.training.scores)
     # A round is never less than its particles.
     allowed = 2048 if name in ("iwsm", "iwsm-compiled", "iwsm-moves", "forward-kl") else BUDGET
     assert 0.3 * BUDGET < spent <= 1.3 * allowed
-    assert (fit.training.gradient > 0) == (name not in ("forward-kl", "log-variance"))
+    assert (fit.training.scores > 0) == (name not in ("forward-kl", "log-variance"))
 
 
 def test_counts_are_those_of_the_target() -> None:
@@ -88,12 +96,12 @@ def test_counts_are_those_of_the_target() -> None:
         Counting.seen = 0
         fit = METHODS[name].fit(Counting(2), 0, Budget(BUDGET, 200))
         # Prototype traces and the check of batching against single runs are not part of the work.
-        assert fit.training.density + fit.drawing.density == pytest.approx(Counting.seen, abs=250)
+        assert fit.training.values + fit.drawing.values == pytest.approx(Counting.seen, abs=250)
 
 
 def test_smc_pilot_is_the_result_of_a_tiny_budget() -> None:
     fit = Tempered().fit(UnequalModes(2), 0, Budget(100, 50))
-    assert fit.samples.shape[0] == 32
+    assert fit.samples["x"].shape[0] == 32
     assert fit.note.startswith("32 particles")
 
 
@@ -219,22 +227,22 @@ def test_bounded_output_is_the_networks_while_small_and_never_large() -> None:
 @pytest.mark.parametrize("name", ["reverse-kl", "log-variance"])
 def test_objectives_of_whole_paths_train_on_particles(name: str) -> None:
     fit = METHODS[name].fit(LennardJones(5), 0, Budget(4 * 64, 10))
-    assert bool(torch.isfinite(fit.samples).all())
+    assert bool(torch.isfinite(fit.samples["x"]).all())
     assert fit.note == "4 steps"
-    assert fit.training.density == 4 * 64
+    assert fit.training.values == 4 * 64
 
 
 def test_without_bounds_they_run_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """A known wrong variant."""
-    monkeypatch.setattr(target_methods, "BoundedOutput", lambda network: network)
+    monkeypatch.setattr(start, "BoundedOutput", lambda network: network)
     with pytest.raises(ValueError, match="nan"):
         METHODS["reverse-kl"].fit(LennardJones(5), 0, Budget(4 * 64, 10))
 
 
 def test_large_clusters_take_fewer_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_methods, "_LARGE", 4)
+    monkeypatch.setattr(start, "_LARGE", 4)
     fit = METHODS["reverse-kl"].fit(LennardJones(5), 0, Budget(32, 10))
-    assert (fit.note, fit.training.density) == ("4 steps", 32)
+    assert (fit.note, fit.training.values) == ("4 steps", 32)
     objective = InnerObjective(MarginalWeights())
     assert objective(LennardJones(5), 400_000).num_particles == 256
     assert objective(UnequalModes(2), 400_000).num_particles == 2048
@@ -291,58 +299,58 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", list(EXPECTED))
 def test_exact_draws_are_at_their_floor(name: str) -> None:
-    target = targets.TARGETS[name]()
+    target = TARGETS[name]()
     assert isinstance(target, HasDraws)
-    truth = targets.Truth(target)
+    truth = judge.Truth(target)
     x = target.sample(1000, torch.Generator().manual_seed(11))
-    found, bound = targets.figures(truth, x), targets.floor(truth, 1000)
+    found, bound = judge.figures(truth, x), judge.floor(truth, 1000)
     assert found.keys() == bound.keys() == EXPECTED[name]
     for key in found.keys() - {"modes"}:
         assert found[key] < 3 * bound[key] + 0.03, key
     if "modes" in found:
         assert found["modes"] == pytest.approx(bound["modes"], abs=2)
     half = x[:, :1] > x[:, :1].median()
-    lost = targets.figures(truth, x[half[:, 0]])
+    lost = judge.figures(truth, x[half[:, 0]])
     if name not in ("rings", "many-well-64"):  # a ring is not lost with one of its halves, nor is one pair of 32
         assert any(lost[key] > 2 * bound[key] for key in lost if key != "modes")
 
 
 def test_the_floor_knows_the_number_of_draws() -> None:
-    truth = targets.Truth(UnequalModes(8))
-    assert targets.floor(truth, 100)["mode TV"] > 2 * targets.floor(truth, 10_000)["mode TV"]
+    truth = judge.Truth(UnequalModes(8))
+    assert judge.floor(truth, 100)["mode TV"] > 2 * judge.floor(truth, 10_000)["mode TV"]
 
 
 def test_sensor_figures_are_zero_at_the_reference() -> None:
-    target = targets.TARGETS["sensor"]()
+    target = TARGETS["sensor"]()
     x = target.reference_mean.expand(50, 8)  # type: ignore[attr-defined]
-    found = targets.figures(targets.Truth(target), x)
+    found = judge.figures(judge.Truth(target), x)
     assert found["mean error"] == pytest.approx(0, abs=1e-5)
     assert found["configuration error"] > 0.3
-    assert targets.floor(targets.Truth(target), 50) == {}
+    assert judge.floor(judge.Truth(target), 50) == {}
 
 
 def test_particles_are_compared_with_reference_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = targets.TARGETS["dw4"]()
+    target = TARGETS["dw4"]()
     generator = torch.Generator().manual_seed(0)
     latents = 3 * torch.randn(90, 6, generator=generator)
-    assert targets.figures(targets.Truth(target), latents).keys() == {"virial error"}
+    assert judge.figures(judge.Truth(target), latents).keys() == {"virial error"}
     np.savez(tmp_path / "dw4.npz", latents=latents.numpy())
-    reference = targets.reference_draws(tmp_path, "dw4", target)
+    reference = reference_draws(tmp_path, "dw4", target)
     assert reference is not None
-    truth = targets.Truth(target, reference, 30)
-    same = targets.figures(truth, reference[:30])
+    truth = judge.Truth(target, reference, 30)
+    same = judge.figures(truth, reference[:30])
     assert same["aligned W2"] == pytest.approx(0, abs=1e-3)
     assert same["energy W2"] == pytest.approx(0, abs=1e-3)
-    other = targets.floor(truth, 30)
+    other = judge.floor(truth, 30)
     assert other["aligned W2"] > 0.5
     assert other["energy W2"] > 1
-    assert targets.floor(truth, 10_000) == targets.floor(truth, 45)
+    assert judge.floor(truth, 10_000) == judge.floor(truth, 45)
     np.savez(tmp_path / "lj13.npz", positions=np.zeros((3, 39)))
     with pytest.raises(ValueError, match="expected the array 'latents'"):
-        targets.reference_draws(tmp_path, "lj13", targets.TARGETS["lj13"]())
-    monkeypatch.setitem(targets.TARGETS, "dw5", lambda: DoubleWellParticles(5))
+        reference_draws(tmp_path, "lj13", TARGETS["lj13"]())
+    monkeypatch.setitem(TARGETS, "dw5", lambda: DoubleWellParticles(5))
     assert main(command(tmp_path / "r.jsonl", "smc", names=("dw5",))) == 0
     assert "dw5: no aligned W2 and no energy W2" in capsys.readouterr().out
 
@@ -361,7 +369,7 @@ def test_rows_come_as_they_end_and_are_not_repeated(
         def fit(self, target: Any, seed: int, budget: Budget) -> Any:
             raise ValueError("the flow is\nno flow")
 
-    monkeypatch.setitem(target_methods.METHODS, "auto-iaf", Broken())
+    monkeypatch.setitem(catalogue.METHODS, "auto-iaf", Broken())
     assert main(command(out, "smc", "auto-iaf", "auto-normal")) == 0
     printed = capsys.readouterr().out
     assert "[1/3] unequal-2, smc, seed 0: modes 2 (2), mode TV" in printed
@@ -390,7 +398,7 @@ def test_an_interrupt_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Mo
         def fit(self, target: Any, seed: int, budget: Budget) -> Any:
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(target_methods.METHODS, "nuts", Interrupted())
+    monkeypatch.setitem(catalogue.METHODS, "nuts", Interrupted())
     out = tmp_path / "results.jsonl"
     assert main(command(out, "smc", "nuts", "auto-normal")) == 130
     assert [row["method"] for row in targets.read_rows(out)] == ["smc"]
@@ -402,10 +410,10 @@ def test_draws_that_are_not_finite_fail() -> None:
 
         def fit(self, target: Any, seed: int, budget: Budget) -> Any:
             fit = METHODS["auto-normal"].fit(target, seed, Budget(64, 50))
-            return fit._replace(samples=fit.samples * math.nan)
+            return fit._replace(samples={"x": fit.samples["x"] * math.nan})
 
     key = dict(zip(targets.KEYS, ("unequal-2", "nan", 0, 64, 50), strict=True))
-    judged = targets.measure(key, targets.Truth(UnequalModes(2)), NotFinite(), {})
+    judged = targets.measure(key, judge.Truth(UnequalModes(2)), NotFinite(), {})
     assert judged.samples is None
     assert judged.row["failed"] == "ValueError: 50 of 50 draws are not finite"
 
@@ -471,7 +479,7 @@ TABLE = """### unequal-2 (d = 2), 2 seeds
 | iwsm (1,000) | 0.3; 0.5 (0.01) | **2**; 2 (2) | **0.15**; 0.2 | -0.05; -0.2 | **0.5**; 0.25 \
 | 1,000 / 950 + 400 | 2 + 0.5 |
 | smc (1,000), 1 of 2 failed | ∞; ∞ (0.01) | 1; 0 (2) | ∞; ∞ | 0.4; 0.4 | – | 1,000 / 900 + 400 | 2 + 0.5 |
-| auto-iaf (1,000) | failed: ValueError: a / b | | | | | | |
+| auto-iaf (1,000) | failed: ValueError: a / b, 1 CPU s | | | | | | |
 
 Median; worst over seeds (as many exact draws). an abacus.
 
@@ -520,8 +528,8 @@ def test_pictures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_pictures_refuse_what_they_cannot_show() -> None:
     with pytest.raises(ValueError, match="at least one method"):
-        report.plot_samples_over_contours({}, lambda x: x[:, 0])
+        plot_samples_over_contours({}, lambda x: x[:, 0])
     with pytest.raises(ValueError, match=r"found \(5, 3\) for smc"):
-        report.plot_samples_over_contours({"smc": np.zeros((5, 3))}, lambda x: x[:, 0])
+        plot_samples_over_contours({"smc": np.zeros((5, 3))}, lambda x: x[:, 0])
     with pytest.raises(ValueError, match="finite energies"):
-        report.plot_energies({"smc": np.full(3, np.inf)})
+        plot_energies({"smc": np.full(3, np.inf)})

@@ -12,7 +12,10 @@ import torch
 
 from pyro_sm import ModelDensity
 from pyro_sm.__main__ import main
-from pyro_sm.bench import gaussian_guides
+from pyro_sm.bench.commands import gaussian_guides
+from pyro_sm.bench.methods import gaussian as ways
+from pyro_sm.bench.problem import from_posterior
+from pyro_sm.bench.table import summary
 from pyro_sm.examples.posteriors import posteriors
 from pyro_sm.gaussians.batch_and_match import Gaussian
 
@@ -20,9 +23,9 @@ NAME = "eight_schools-eight_schools_noncentered"
 
 
 @pytest.fixture
-def problem(float64: None) -> gaussian_guides.Problem:
+def problem(float64: None) -> ways.Task:
     posterior = posteriors()[NAME]
-    return gaussian_guides.Problem(posterior, ModelDensity(posterior.model, posterior.args), 640)
+    return ways.Task(from_posterior(posterior), ModelDensity(posterior.model, posterior.args), 640)
 
 
 def gaussian(dim: int) -> Gaussian:
@@ -30,49 +33,47 @@ def gaussian(dim: int) -> Gaussian:
     return Gaussian(torch.randn(dim), tril @ tril.T)
 
 
-def test_the_guide_is_the_gaussian(problem: gaussian_guides.Problem) -> None:
+def test_the_guide_is_the_gaussian(problem: ways.Task) -> None:
     wanted = gaussian(problem.density.dim)
-    found = gaussian_guides.guide_at(problem, wanted).get_posterior()
+    found = ways.guide_at(problem, wanted).get_posterior()
     torch.testing.assert_close(found.loc.detach(), wanted.loc)
     torch.testing.assert_close(found.covariance_matrix.detach(), wanted.covariance)
 
 
-def test_every_way_starts_where_it_says(problem: gaussian_guides.Problem) -> None:
+def test_every_way_starts_where_it_says(problem: ways.Task) -> None:
     """Without a step, every way that has steps returns its start."""
     idle = problem._replace(evaluations=0)
-    begin = gaussian_guides.start(problem.density.dim)
+    begin = ways.start(problem.density.dim)
     for way in ("elbo", "fisher", "fisher-sobolev", "fisher-identity", "fisher-clipped"):
-        fit = gaussian_guides.WAYS[way](idle)
+        fit = ways.WAYS[way](idle)
         torch.testing.assert_close(fit.gaussian.loc, begin.loc)
         torch.testing.assert_close(fit.gaussian.covariance, begin.covariance)
         assert fit.gradients == 0
 
 
-@pytest.mark.parametrize("way", gaussian_guides.WAYS)
-def test_no_way_spends_more_gradients_than_it_may(problem: gaussian_guides.Problem, way: str) -> None:
-    fit = gaussian_guides.WAYS[way](problem)
+@pytest.mark.parametrize("way", ways.WAYS)
+def test_no_way_spends_more_gradients_than_it_may(problem: ways.Task, way: str) -> None:
+    fit = ways.WAYS[way](problem)
     assert 320 <= fit.gradients <= 640
     assert bool(torch.isfinite(fit.gaussian.covariance).all())
 
 
-def test_the_divergence_is_charged_two_gradients_a_particle(problem: gaussian_guides.Problem) -> None:
+def test_the_divergence_is_charged_two_gradients_a_particle(problem: ways.Task) -> None:
     before = problem.density.evaluations.scores
-    loss = gaussian_guides.FisherDivergence(8)
-    begin = gaussian_guides.start(problem.density.dim)
-    gaussian_guides.fit_by_svi(problem, loss, gaussian_guides.Steps(5), begin)
+    loss = ways.FisherDivergence(8)
+    begin = ways.start(problem.density.dim)
+    ways.fit_by_svi(problem, loss, ways.Geometric(0.02), 5, begin)
     assert loss.evaluations.scores == 5 * 8
-    assert gaussian_guides.fit_by_fisher(problem, num_particles=8).gradients == 2 * 8 * (640 // 16)
+    assert ways.fit_by_fisher(problem, num_particles=8).gradients == 2 * 8 * (640 // 16)
     assert problem.density.evaluations.scores == before
-    fit = gaussian_guides.fit_by_batch_and_match(problem, search_mode=False)
+    fit = ways.fit_by_batch_and_match(problem, search_mode=False)
     assert problem.density.evaluations.scores - before == fit.gradients == 640
-    searched = gaussian_guides.fit_by_batch_and_match(problem)
+    searched = ways.fit_by_batch_and_match(problem)
     assert problem.density.evaluations.scores - before == 640 + searched.gradients
     assert 640 - 32 < searched.gradients <= 640
 
 
-def test_learning_rate_falls_from_first_to_last(
-    problem: gaussian_guides.Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learning_rate_falls_from_first_to_last(problem: ways.Task, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     step = torch.optim.Adam.step
 
@@ -81,9 +82,8 @@ def test_learning_rate_falls_from_first_to_last(
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    loss = gaussian_guides.Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
-    steps = gaussian_guides.Steps(10, first=0.1, last=0.001)
-    gaussian_guides.fit_by_svi(problem, loss, steps, gaussian_guides.start(problem.density.dim))
+    loss = ways.Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    ways.fit_by_svi(problem, loss, ways.Geometric(0.1), 10, ways.start(problem.density.dim))
     rates = [seen[3 * i] for i in range(10)]  # one optimiser for each of loc, scale and scale_tril
     assert rates == pytest.approx([0.1 * 0.01 ** (i / 10) for i in range(10)])
 
@@ -103,14 +103,14 @@ def test_judge_of_a_gaussian_posterior_is_exact(float64: None) -> None:
     covariance[7, 7] = log_sigma_sd**2
     loc = torch.cat([coefficients, mean[7:].log() - covariance[7, 7:] / 2])
     density = ModelDensity(posterior.model, posterior.args)
-    row = gaussian_guides.judge(posterior, density, Gaussian(loc, covariance))
+    row = gaussian_guides.judge(from_posterior(posterior), density, Gaussian(loc, covariance))
     assert row["mean error"] < 0.05
     assert row["sd error"] < 0.05
     assert posterior.log_evidence is not None
     assert 0 < posterior.log_evidence - row["ELBO"] < 0.3
     loc[:7] += covariance.diagonal()[:7].sqrt()
     covariance[:7, :7] *= 4
-    shifted = gaussian_guides.judge(posterior, density, Gaussian(loc, covariance))
+    shifted = gaussian_guides.judge(from_posterior(posterior), density, Gaussian(loc, covariance))
     assert shifted["mean error"] == pytest.approx(1, abs=0.08)
     assert shifted["sd error"] == pytest.approx(1, abs=0.05)
     assert shifted["ELBO"] < row["ELBO"] - 1
@@ -135,20 +135,21 @@ def test_rows_are_written_as_they_come_and_not_repeated(tmp_path: Path, capsys: 
     assert rows[1]["log Z - ELBO"] == pytest.approx(-20.5262 - rows[1]["ELBO"], abs=1e-3)
     table = capsys.readouterr().out
     assert "| mesquite-logmesquite (8) | elbo |" in table
-    assert "| *median; worst* | *elbo* |" in table
+    assert "\nelbo: mean error " in table
+    assert table.rstrip().endswith("CPU s in all (median; worst).")
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_fit_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(problem: gaussian_guides.Problem) -> gaussian_guides.Fit:
+    def broken(problem: ways.Task) -> ways.GaussianFit:
         raise ValueError("the scale is\nnot a number")
 
-    monkeypatch.setitem(gaussian_guides.WAYS, "elbo", broken)
+    monkeypatch.setitem(ways.WAYS, "elbo", broken)
     posterior = posteriors()["gp_pois_regr-gp_regr"]
     row = gaussian_guides.measure(posterior, "elbo", 0, 100)
     assert row["failed"] == "ValueError: the scale is not a number"
     assert "failed: ValueError: the scale is not a number" in gaussian_guides.markdown([row])
-    assert gaussian_guides.summary([row], "elbo")["mean error"] == (math.inf, math.inf)
+    assert gaussian_guides.JUDGED[0].spread([row, {"mean error": 1.0}]) == (math.inf, math.inf, None)
     assert "1 of 1 failed" in gaussian_guides.markdown([row])
 
 
@@ -159,15 +160,21 @@ def test_summary_is_the_median_and_the_worst_and_leaves_unknown_evidences_out() 
         {"way": "elbo", "mean error": 2.0, "sd error": math.nan},
         {"way": "fisher", "mean error": 99.0, "sd error": 99.0},
     ]
-    found = gaussian_guides.summary(rows, "elbo")
-    assert found == {"mean error": (2.0, 3.0), "sd error": (0.5, math.inf), "log Z - ELBO": (0.1, 0.1)}
+    chosen = [row for row in rows if row["way"] == "elbo"]
+    found = {figure.name: figure.spread(chosen) for figure in gaussian_guides.JUDGED}
+    expected = {"mean error": (2.0, 3.0), "sd error": (0.5, math.inf), "log Z − ELBO": (0.1, 0.1)}
+    assert found == {name: (*both, None) for name, both in expected.items()}
+    said = summary("elbo", [row | {"CPU s": 2.0} for row in chosen], gaussian_guides.JUDGED)
+    assert said == (
+        "elbo: mean error 2.000; 3.000, sd error 0.500; ∞, log Z − ELBO 0.100; 0.100, 6 CPU s in all (median; worst)."
+    )
 
 
-def test_parameters_that_are_not_numbers_fail(problem: gaussian_guides.Problem) -> None:
-    loss = gaussian_guides.Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
-    begin = gaussian_guides.start(problem.density.dim)
+def test_parameters_that_are_not_numbers_fail(problem: ways.Task) -> None:
+    loss = ways.Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    begin = ways.start(problem.density.dim)
     with pytest.raises(ValueError, match=r"not finite|Expected parameter"):
-        gaussian_guides.fit_by_svi(problem, loss, gaussian_guides.Steps(3, first=math.inf), begin)
+        ways.fit_by_svi(problem, loss, ways.Geometric(math.inf), 3, begin)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_sm.__main__ import main
-from pyro_sm.bench.references import symmetrised
+from pyro_sm.bench.commands.references import symmetrised
 from pyro_sm.density import value_and_score
 from pyro_sm.targets import DoubleWellParticles, LennardJones
 from pyro_sm.targets.reference_draws import load_draws, load_provenance

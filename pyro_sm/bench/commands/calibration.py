@@ -4,13 +4,14 @@ r"""Simulation-based calibration: ranks of parameters drawn from the prior, over
 ``python -m pyro_sm bench calibration --models eight-schools logistic --datasets 100 --evaluations 8000 --out F.jsonl
 --figure F.png``: for each data set drawn from the model, a fit with everything at its default but the budget, and the
 rank of the truth among 99 of its draws. One row per data set, appended as it ends; a row that is in the file is not
-run again, and Ctrl-C loses the data set under way. Then, per test quantity, the exact p-value of the ECDF and that of
-χ², mean rank and spread, and the smallest p-value times the number of test quantities. See
-``diagnostics/calibration.py`` for what is tested.
+run again, and Ctrl-C loses the data set under way. Ways: ``sampler``, usable draws (importance resampling); ``raw``,
+the same guide's draws without their weights; ``auto-normal``, Pyro's mean-field guide with ``Trace_ELBO``, which is
+too narrow. See ``diagnostics/calibration/`` for what is tested.
 
-A row also has the k̂ of the weights, the effective share of the pool, evaluations and CPU seconds: of training, of
-4000 draws after it, of ranking. Ways: ``sampler``, usable draws (importance resampling); ``raw``, the same guide's
-draws without their weights; ``auto-normal``, Pyro's mean-field guide with ``Trace_ELBO``, which is too narrow.
+Columns: per test quantity, the exact p-value of the ECDF of its ranks and that of χ², their mean (of right ones 0.5)
+and their spread (of right ones 1); below, the smallest p-value times the number of test quantities. Above, what the
+weights of the fits were like, and evaluations and CPU seconds of a data set: of training, of 4000 draws after it, of
+ranking.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro.optim import ClippedAdam
 from torch import Tensor
 
-from pyro_sm.bench.rows import machine, resumed
+from pyro_sm.bench.methods.sampler import sampler_within
+from pyro_sm.bench.methods.svi import NUM_PARTICLES, ClippedDecay, train
+from pyro_sm.bench.problem import Problem
+from pyro_sm.bench.rows import Row, add_out, good, reason, run_all
+from pyro_sm.bench.table import Table, split
 from pyro_sm.corrections import ImportanceResampling, NoCorrection
 from pyro_sm.diagnostics.calibration.simulation import (
     Calibration,
@@ -44,21 +48,14 @@ from pyro_sm.diagnostics.calibration.simulation import (
 from pyro_sm.diagnostics.export import KHAT_THRESHOLD
 from pyro_sm.diagnostics.plots.calibration import plot_calibration
 from pyro_sm.examples import eight_schools
-from pyro_sm.sampler import DiffusionSampler, StoppingRule
 
+KEYS = ("model", "way", "seed", "budget", "draws", "dataset")
+"""What identifies a row."""
 _RANKED = 99  # so that ranks have a hundred values
-_SAMPLES = 4000  # to take them from
-_PARTICLES = 16
+_SAMPLES = 4000  # to take them from, thinned: resampled draws repeat, and those of a Markov chain are alike
+_NORMAL_DECAY = ClippedDecay(0.03, 0.02)  # 500 steps have to do, and the last of them must not wander
 
 # ----------------------------------------------------------------------------------------------------- models
-
-
-class Problem(NamedTuple):
-    """``model(*args)``; ``sites``: whose components are ranked, beside the log likelihood."""
-
-    model: Callable[..., None]
-    args: tuple[Tensor, ...]
-    sites: tuple[str, ...]
 
 
 def eight_schools_problem() -> Problem:
@@ -72,7 +69,7 @@ def eight_schools_problem() -> Problem:
             theta = pyro.deterministic("theta", mu + tau * raw)
             pyro.sample("effect", dist.Normal(theta, sigma), obs=y)
 
-    return Problem(model, eight_schools.data(), ("mu", "tau", "theta"))
+    return Problem(model, eight_schools.data(), sites=("mu", "tau", "theta"))
 
 
 def logistic_problem() -> Problem:
@@ -87,7 +84,7 @@ def logistic_problem() -> Problem:
         with pyro.plate("row", 60):
             pyro.sample("y", dist.Bernoulli(logits=(design * beta).sum(-1)), obs=y)
 
-    return Problem(model, (design, torch.zeros(60)), ("beta",))
+    return Problem(model, (design, torch.zeros(60)), sites=("beta",))
 
 
 MODELS: dict[str, Callable[[], Problem]] = {"eight-schools": eight_schools_problem, "logistic": logistic_problem}
@@ -101,8 +98,7 @@ def fit_by_sampler(evaluations: int, *, raw: bool = False) -> Fit:
 
     def fit(simulated: Simulated) -> Fitted:
         started = time.process_time()
-        stopping = StoppingRule(max_evaluations=evaluations)
-        sampler = DiffusionSampler(simulated.model, seed=simulated.seed, stopping=stopping, disable_progbar=True)
+        sampler = sampler_within(simulated.model, simulated.seed, evaluations)
         sampler.run(*simulated.args, **simulated.kwargs)
         trained = time.process_time()
         samples = sampler.get_samples(_SAMPLES, correction=NoCorrection() if raw else ImportanceResampling())
@@ -121,14 +117,11 @@ def fit_by_normal(evaluations: int) -> Fit:
         args, kwargs = simulated.args, simulated.kwargs
         with torch.random.fork_rng():
             torch.manual_seed(simulated.seed)
-            guide = AutoNormal(simulated.model)
-            steps = max(evaluations // _PARTICLES, 1)
-            optim = ClippedAdam({"lr": 0.03, "lrd": 0.02 ** (1 / steps)})
-            loss = Trace_ELBO(num_particles=_PARTICLES, vectorize_particles=True, max_plate_nesting=1)
-            svi = SVI(simulated.model, guide, optim, loss=loss)
             pyro.clear_param_store()
-            for _ in range(steps):
-                svi.step(*args, **kwargs)
+            guide = AutoNormal(simulated.model)
+            steps = max(evaluations // NUM_PARTICLES, 1)
+            loss = Trace_ELBO(num_particles=NUM_PARTICLES, vectorize_particles=True, max_plate_nesting=1)
+            train(simulated.model, args, guide, loss, _NORMAL_DECAY, steps)
             trained = time.process_time()
             with torch.no_grad(), pyro.plate("draws", _SAMPLES, dim=-2):
                 samples = guide(*args, **kwargs)
@@ -138,7 +131,7 @@ def fit_by_normal(evaluations: int) -> Fit:
             name: sites[name]["value"].reshape(_SAMPLES, *truth.shape) for name, truth in simulated.truth.items()
         }
         spent = {"CPU s": trained - started, "drawing": time.process_time() - trained}
-        return Fitted(draws, {"density": steps * _PARTICLES, **spent})
+        return Fitted(draws, {"density": steps * NUM_PARTICLES, **spent})
 
     return fit
 
@@ -153,11 +146,9 @@ WAYS: dict[str, Callable[[int], Fit]] = {
 # -------------------------------------------------------------------------------------------------------- rows
 
 
-def measure(name: str, way: str, index: int, seed: int, evaluations: int) -> dict[str, Any]:
+def measure(name: str, way: str, index: int, seed: int, evaluations: int) -> Row:
     """A data set as a row; a fit that fails is a row that says why."""
-    row: dict[str, Any] = {
-        "model": name, "way": way, "seed": seed, "budget": evaluations, "draws": _RANKED, "dataset": index,
-    }  # fmt: skip
+    row: Row = dict(zip(KEYS, (name, way, seed, evaluations, _RANKED, index), strict=True))
     problem, started = MODELS[name](), time.process_time()
     try:
         with warnings.catch_warnings():
@@ -167,12 +158,11 @@ def measure(name: str, way: str, index: int, seed: int, evaluations: int) -> dic
                 datasets=[index], num_draws=_RANKED, sites=problem.sites, seed=seed,
             )  # fmt: skip
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        return {**row, "failed": reason, "all CPU s": time.process_time() - started}
-    return {**row, "ranks": one.ranks, **one.info, "all CPU s": time.process_time() - started, "machine": machine()}
+        return {**row, "failed": reason(error), "all CPU s": time.process_time() - started}
+    return {**row, "ranks": one.ranks, **one.info, "all CPU s": time.process_time() - started}
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row in words."""
     head = f"{row['model']} {row['dataset']}"
     if "failed" in row:
@@ -181,43 +171,58 @@ def line(row: dict[str, Any]) -> str:
     return f"{head}: {weights}{row['density']:,} evaluations, {row['all CPU s']:.1f} CPU s"
 
 
-def calibration_of(rows: Sequence[dict[str, Any]]) -> Calibration | None:
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def calibration_of(rows: Sequence[Row]) -> Calibration | None:
     """Of the rows that have ranks; None if there are none."""
-    ranked = [Replication(row["dataset"], row["ranks"], {}) for row in rows if "failed" not in row]
+    ranked = [Replication(row["dataset"], row["ranks"], {}) for row in good(rows)]
     return Calibration.of(ranked, _RANKED) if ranked else None
 
 
-def weights_line(rows: Sequence[dict[str, Any]]) -> str:
+def weights_line(rows: Sequence[Row]) -> str:
     """What the weights of the fits were like, what the fits took, and how many failed."""
-    good = [row for row in rows if "failed" not in row]
-    parts = [f"{len(rows) - len(good)} of {len(rows)} fits failed"]
-    if good and "khat" in good[0]:
+    done = good(rows)
+    parts = [f"{len(rows) - len(done)} of {len(rows)} fits failed"]
+    if done and "khat" in done[0]:
         # A weight's tail that could not be fitted is NaN, and not known to be good.
-        heavy = sum(not row["khat"] <= KHAT_THRESHOLD for row in good)
-        share = statistics.median(row["ESS"] for row in good)
-        parts.append(f"k̂ > {KHAT_THRESHOLD} in {heavy} of {len(good)}, median ESS {share:.2f}")
-    if good:
-        seconds, density = (statistics.median(row[key] for row in good) for key in ("all CPU s", "density"))
+        heavy = sum(not row["khat"] <= KHAT_THRESHOLD for row in done)
+        share = statistics.median(row["ESS"] for row in done)
+        parts.append(f"k̂ > {KHAT_THRESHOLD} in {heavy} of {len(done)}, median ESS {share:.2f}")
+    if done:
+        seconds, density = (statistics.median(row[key] for row in done) for key in ("all CPU s", "density"))
         parts.append(f"median of a data set {density:,.0f} evaluations, {seconds:.1f} CPU s")
     return "; ".join(parts)
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def _of_one_model(rows: Sequence[Row]) -> str:
+    """A table of its test quantities, a line above it and a line below."""
+    calibration = calibration_of(rows)
+    text = [f"{weights_line(rows)}."]
+    if calibration is None:
+        return text[0]
+    text += ["", "| test quantity | p (ECDF) | p (χ²) | mean rank | spread |", "|---|---|---|---|---|"]
+    for quantity, test in calibration.tests().items():
+        mean, spread = calibration.shape(quantity)
+        text.append(f"| {quantity} | {test.p_value:.3f} | {test.chi_square:.3f} | {mean:.3f} | {spread:.2f} |")
+    worst, corrected = calibration.smallest()
+    text += ["", f"Smallest of {len(calibration.ranks)}: {worst}, p = {corrected:.3f} after Bonferroni."]
+    return "\n".join(text)
+
+
+def markdown(rows: Sequence[Row]) -> str:
     """Per model, a table of its test quantities and a line below it."""
-    text: list[str] = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        chosen = [row for row in rows if row["model"] == name]
-        calibration = calibration_of(chosen)
-        text += [f"**{name}**: {weights_line(chosen)}.", ""]
-        if calibration is None:
-            continue
-        text += ["| test quantity | p (ECDF) | p (χ²) | mean rank | spread |", "|---|---|---|---|---|"]
-        for quantity, test in calibration.tests().items():
-            mean, spread = calibration.shape(quantity)
-            text.append(f"| {quantity} | {test.p_value:.3f} | {test.chi_square:.3f} | {mean:.3f} | {spread:.2f} |")
-        worst, corrected = calibration.smallest()
-        text += ["", f"Smallest of {len(calibration.ranks)}: {worst}, p = {corrected:.3f} after Bonferroni.", ""]
-    return "\n".join(text).rstrip()
+    of_models = split(rows, lambda row: row["model"], _of_one_model)
+    return "\n\n".join(f"**{table.title}**: {table.text}" for table in of_models)
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One for each model, way, seed and budget."""
+
+    def setting(row: Row) -> str:
+        return f"{row['model']}, {row['way']}, {row['budget']:,} evaluations, seed {row['seed']}"
+
+    return split(rows, setting, _of_one_model)
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -230,9 +235,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--datasets", type=int, default=100, help="per model (default %(default)s)")
     parser.add_argument("--evaluations", type=int, default=8000, help="of training (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="data sets already in it are not repeated")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="picture of the ranks")
     parser.add_argument("--markdown", action="store_true", help="print tables for a README at the end")
+    add_out(parser)
+
+
+def _print_tests(rows: Sequence[Row], models: Sequence[str]) -> dict[str, Calibration]:
+    found: dict[str, Calibration] = {}
+    for name in models:
+        chosen = [row for row in rows if row["model"] == name]
+        calibration = calibration_of(chosen)
+        print(f"\n{name}: {weights_line(chosen)}")
+        if calibration is not None:
+            print(calibration)
+            found[name] = calibration
+    return found
 
 
 def run(options: argparse.Namespace) -> None:
@@ -241,28 +258,18 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             f"expected --evaluations >= 1 and --datasets >= 1, found {options.evaluations} and {options.datasets}"
         )
+
+    def measured(key: Row) -> Row:
+        return measure(key["model"], key["way"], key["dataset"], key["seed"], key["budget"])
+
     # The models in turn, so that a run that is stopped has something to say on each.
     wanted = [
-        {"model": name, "way": options.way, "seed": options.seed, "budget": options.evaluations, "draws": _RANKED,
-         "dataset": index}
+        dict(zip(KEYS, (name, options.way, options.seed, options.evaluations, _RANKED, index), strict=True))
         for index in range(options.datasets)
         for name in options.models
-    ]  # fmt: skip
-    print(machine())
-    rows = []
-    for row in resumed(
-        wanted, lambda key: measure(key["model"], key["way"], key["dataset"], key["seed"], key["budget"]), options.out
-    ):
-        rows.append(row)
-        print(f"[{len(rows)}/{len(wanted)}] {line(row)}", flush=True)
-    found: dict[str, Calibration] = {}
-    for name in options.models:
-        chosen = [row for row in rows if row["model"] == name]
-        calibration = calibration_of(chosen)
-        print(f"\n{name}: {weights_line(chosen)}")
-        if calibration is not None:
-            print(calibration)
-            found[name] = calibration
+    ]
+    rows = run_all(wanted, len(wanted), measured, line, options.out)
+    found = _print_tests(rows, options.models)
     if options.markdown:
         print(f"\n{markdown(rows)}")
     if options.figure is not None and found:
