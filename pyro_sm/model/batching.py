@@ -40,7 +40,7 @@ def _row(values: Values, index: int) -> dict[str, Tensor]:
 
 
 class Batching(ABC):
-    """A way to evaluate a model at B latents. ``values`` are by site name, (B, *site shape)."""
+    """A way to evaluate a model at B latents. ``values`` are by site name, (B, *shape)."""
 
     name: ClassVar[str]
 
