@@ -46,10 +46,9 @@ autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
 autoclass_content = "class"
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
-napoleon_custom_sections = [("Source", "notes"), ("Sources", "notes"), ("Usage", "example")]
+napoleon_custom_sections = [("Attributes", "params_style")]  # not "Variables"
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 maximum_signature_line_length = 100
@@ -133,7 +132,7 @@ def _shapes_are_no_emphasis(app, what, name, obj, options, lines):
 
 def _letters_are_no_numerals(app, what, name, obj, options, lines):
     """``N.`` at the beginning of an argument's explanation is a symbol, and no item of a list."""
-    lines[:] = [re.sub(r"^(:\w+ [^:]*: \w)\.( |$)", r"\1\\.\2", line) for line in lines]
+    lines[:] = [re.sub(r"^((?::\w+ [^:]*:)? +[A-Za-z])\.( |$)", r"\1\\.\2", line) for line in lines]
 
 
 def setup(app):
