@@ -122,8 +122,10 @@ def _no_made_up_signature(app, what, name, obj, options, signature, annotation):
     return ("()", None) if inspect.isclass(obj) and getattr(obj, "_is_protocol", False) else None
 
 
-def _shapes_are_no_emphasis(app, what, name, obj, options, lines):
-    """The star of a shape such as ``(N, *shape)`` is a star, in literals and out of them."""
+def _prose_is_no_markup(app, what, name, obj, options, lines):
+    """The star of a shape such as ``(N, *shape)`` is a star; what stands before a property's colon is no type."""
+    if what == "property" and lines:
+        lines[0] = re.sub(r"^([\w ]+): ", r"\1 – ", lines[0])
     text = "\n".join(lines)
     parts = re.split(r"(``.*?``)", text, flags=re.DOTALL)
     parts[::2] = [re.sub(r"(?<=, )\*(?=[\w.]+\))", r"\\*", part) for part in parts[::2]]
@@ -140,5 +142,5 @@ def setup(app):
     app.connect("missing-reference", _by_identity)
     app.connect("autodoc-skip-member", _fields_are_explained_above)
     app.connect("autodoc-process-signature", _no_made_up_signature)
-    app.connect("autodoc-process-docstring", _shapes_are_no_emphasis, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", _prose_is_no_markup, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", _letters_are_no_numerals, priority=900)  # after it

@@ -53,7 +53,7 @@ class Diffusion:
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, the number of latents."""
         return self.base_loc.shape[0]
 
     @property
