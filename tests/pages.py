@@ -24,8 +24,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def with_small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samplers of a page that names no budget train for two rounds."""
-    stopping = pyro_sm.StoppingRule(max_evaluations=4096)
+    """Samplers of a page that names no budget train for one round."""
+    stopping = pyro_sm.StoppingRule(max_evaluations=2048)
     small = partial(pyro_sm.DiffusionSampler, stopping=stopping, disable_progbar=True)
     monkeypatch.setattr(pyro_sm, "DiffusionSampler", small)
 

@@ -43,7 +43,7 @@ def test_code_compiles(page):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # two rounds are too few to be trusted, and some say so
+@pytest.mark.filterwarnings("ignore")  # one round is too few to be trusted, and some say so
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_code_runs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
