@@ -118,7 +118,7 @@ class Exact:
         return value, self.combine(products)
 
     def combine(self, products: Tensor) -> Tensor:
-        """Their sum."""
+        """The sum of the quadratic forms (P, B) along the coordinates: the divergence (B,) itself."""
         return products.sum(0)
 
 
@@ -146,7 +146,7 @@ class Hutchinson:
         return value, self.combine(products)
 
     def combine(self, products: Tensor) -> Tensor:
-        """Their mean."""
+        """The mean of the quadratic forms (P, B): an unbiased estimate (B,) of the divergence."""
         return products.mean(0)
 
 
@@ -179,5 +179,5 @@ class Sliced:
         return value, self.combine(products)
 
     def combine(self, products: Tensor) -> Tensor:
-        """Their mean."""
+        """The mean of the quadratic forms (P, B): an unbiased estimate (B,) of the divergence."""
         return products.mean(0)

@@ -95,11 +95,11 @@ class IMQ:
             raise ValueError(f"expected beta in (-1, 0), found {self.beta}")
 
     def fitted(self, z: Tensor) -> IMQ:
-        """See :class:`RadialKernel`."""
+        """The kernel with its length scale settled: by the median distance of ``z`` (N, D) if it was left open."""
         return self if self.length_scale is not None else replace(self, length_scale=median_distance(z))
 
     def profile(self, squared: Tensor) -> Profile:
-        """See :class:`RadialKernel`."""
+        """``φ`` and its two derivatives at squared distances, each of their shape."""
         inverse = 1 / (1.0 if self.length_scale is None else self.length_scale) ** 2
         base = 1 + squared * inverse
         value = base**self.beta
@@ -124,11 +124,11 @@ class RBF:
         _check_length_scale(self.length_scale)
 
     def fitted(self, z: Tensor) -> RBF:
-        """See :class:`RadialKernel`."""
+        """The kernel with its length scale settled: by the median distance of ``z`` (N, D) if it was left open."""
         return self if self.length_scale is not None else replace(self, length_scale=median_distance(z))
 
     def profile(self, squared: Tensor) -> Profile:
-        """See :class:`RadialKernel`."""
+        """``φ`` and its two derivatives at squared distances, each of their shape."""
         rate = 0.5 / (1.0 if self.length_scale is None else self.length_scale) ** 2
         value = torch.exp(-rate * squared)
         return Profile(value, -rate * value, rate**2 * value)

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.py"))
+SITE = Path(__file__).parents[1] / "tutorials"
+TUTORIALS = sorted(SITE.glob("[0-9]*.py"))
 
 
 def test_there_are_tutorials() -> None:
@@ -39,3 +41,11 @@ def test_tutorial_is_a_notebook(path: Path) -> None:
     kinds = [cell.cell_type for cell in notebook.cells]
     assert kinds[0] == "markdown"
     assert kinds.count("code") >= 3
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_pictures_of_a_tutorial_are_shown(path: Path) -> None:
+    drawn = re.findall(r"FIGURES / \"([\w-]+\.png)\", dpi", path.read_text())
+    shown = re.findall(r"^# !\[.+\]\(images/([\w-]+\.png)\)$", path.read_text(), re.MULTILINE)
+    assert drawn == shown
+    assert all((SITE / "images" / name).is_file() for name in shown)

@@ -13,7 +13,9 @@
 # %% [markdown]
 # # A first posterior
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # You have a Pyro model and an SVI script. This notebook changes two lines of it, gets draws of the posterior that
 # can be used without weights, and reads off whether to trust them. Then it does the same for a posterior with two
@@ -117,6 +119,9 @@ print(f"exact log evidence {eight_schools.reference().log_evidence:.3f}")
 plot_raw_vs_weighted(idata, ["mu", "tau"]).savefig(FIGURES / "first-posterior-pairs.png", dpi=100)
 
 # %% [markdown]
+# ![Raw and weighted draws of mu and tau](images/first-posterior-pairs.png)
+
+# %% [markdown]
 # ## Two modes
 #
 # A quantity seen only through its square. The prior leans to the right, so the two modes have unequal weight, which
@@ -168,7 +173,13 @@ ax.legend(frameon=False)
 figure.savefig(FIGURES / "first-posterior-two-modes.png", dpi=100)
 
 # %% [markdown]
+# ![Draws of a posterior with two modes, and its exact density](images/first-posterior-two-modes.png)
+
+# %% [markdown]
 # The run itself: damping exponent, effective share and evidence against density evaluations.
 
 # %%
 plot_training(sampler.history).savefig(FIGURES / "first-posterior-training.png", dpi=100)
+
+# %% [markdown]
+# ![Effective share, k̂ and evidence, round by round](images/first-posterior-training.png)

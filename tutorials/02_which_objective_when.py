@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Which objective when
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # `SVI(model, guide, optim, loss)` takes `Trace_ELBO` or any of the objectives here. They differ in what they need,
 # what they cost, and what they cannot see. This notebook shows each on problems whose answer is known: what a guide
@@ -114,6 +116,9 @@ ax.legend(frameon=False, fontsize=8, loc="upper left")
 figure.savefig(FIGURES / "objectives-mean-field.png", dpi=120)
 
 # %% [markdown]
+# ![A mean-field guide on a correlated normal, by three objectives](images/objectives-mean-field.png)
+
+# %% [markdown]
 # ## Two modes: blindness
 #
 # A target with modes at −6 and 6 of weights .2 and .8, and a guide that can represent it: a mixture of two Gaussians,
@@ -157,6 +162,9 @@ for (name, path), colour in zip(weights.items(), COLOURS.values(), strict=False)
 ax.set(xlabel="step", ylabel="weight of the left mode", ylim=(0, 0.62), title="Two separated modes")
 ax.legend(frameon=False, fontsize=8, loc="lower right", ncol=2)
 figure.savefig(FIGURES / "objectives-two-modes.png", dpi=120)
+
+# %% [markdown]
+# ![Weights of two modes under four objectives](images/objectives-two-modes.png)
 
 # %% [markdown]
 # All of these *start on* the modes. None of them finds a mode that the guide does not touch: expectations are taken

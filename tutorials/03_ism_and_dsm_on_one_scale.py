@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Implicit and denoising score matching on one scale
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # Both fit the slope of a log density to data, and both leave out a constant that does not depend on the model: not
 # the same one. As they are usually written, the numbers of one say nothing about those of the other. With the
@@ -100,6 +102,9 @@ ax.legend(frameon=False, fontsize=8)
 figure.savefig(FIGURES / "one-scale-variance.png", dpi=120)
 
 # %% [markdown]
+# ![Variance of the estimators against the noise](images/one-scale-variance.png)
+
+# %% [markdown]
 # ## Laid over each other
 #
 # Data from $N(0, \tau_0^2 I)$, the energy model $-\|x\|^2/2v$ with one parameter $v$. For every $v$ the losses are
@@ -146,6 +151,9 @@ ax.set(
 )
 ax.legend(frameon=False, fontsize=8)
 figure.savefig(FIGURES / "one-scale-losses.png", dpi=120)
+
+# %% [markdown]
+# ![Losses with and without their constants](images/one-scale-losses.png)
 
 # %% [markdown]
 # ## Few data
@@ -208,8 +216,13 @@ for num_rows, colour in ((100, ORANGE), (2000, BLUE)):
 ax.set(
     xlabel="noise scale $\\sigma$", ylabel="explicit loss on fresh data", title="Generalisation of a network energy"
 )
+ax.set_xticks(noise_scales, labels=noise_scales)
+ax.set_xticks([], minor=True)
 ax.legend(frameon=False, fontsize=8)
 figure.savefig(FIGURES / "one-scale-few-data.png", dpi=120)
+
+# %% [markdown]
+# ![Held-out losses of fits to few data](images/one-scale-few-data.png)
 
 # %% [markdown]
 # What to take away. Compare losses only with their constants removed. Use implicit score matching where second

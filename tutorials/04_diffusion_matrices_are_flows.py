@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Diffusion matrices are flows
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # Score matching can be weighted by a matrix $m(x)$: $J_m = E\|m^\top(s_q - s_p)\|^2$. Which matrix? The theorem of
 # this notebook: for a flow $y=T(x)$ with Jacobian $J$, plain score matching in $y$ *is* score matching in $x$ with
@@ -136,6 +138,9 @@ for ax, values, title in ((middle, in_x, "$m=J^{-1}$"), (right, transposed, "tra
 figure.savefig(FIGURES / "flows-theorem.png", dpi=110)
 
 # %% [markdown]
+# ![Score matching under a matrix, and in the space of the flow](images/flows-theorem.png)
+
+# %% [markdown]
 # ## Along an ODE
 #
 # A flow may also be the solution of $\dot x = g(x, t)$. Then the difference of scores $\delta$ obeys
@@ -171,6 +176,9 @@ ax.plot(times, predicted, color=ORANGE, ls="--", label="integral of $-2E[\\delta
 ax.set(xlabel="t", ylabel="Fisher divergence", title="Along an ODE")
 ax.legend(frameon=False)
 figure.savefig(FIGURES / "flows-ode.png", dpi=110)
+
+# %% [markdown]
+# ![The Fisher divergence along a flow, carried by an ODE](images/flows-ode.png)
 
 # %% [markdown]
 # ## What it is good for: heavy tails
@@ -250,6 +258,9 @@ right.axhline(0, color="black", lw=0.8)
 right.set(xticks=range(3), xticklabels=[name.replace(" ", "\n", 1) for name in ways], ylabel="log scale (true 0)")
 right.set_title(f"{REPEATS} data sets of {ROWS}")
 figure.savefig(FIGURES / "flows-heavy-tails.png", dpi=110)
+
+# %% [markdown]
+# ![A learned flow on heavy tails, and the errors of the scale](images/flows-heavy-tails.png)
 
 # %% [markdown]
 # The same flows serve guides (`FisherDivergence(metric=FlowMetric(flow))`) and the kernel Stein discrepancy

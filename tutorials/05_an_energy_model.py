@@ -13,7 +13,9 @@
 # %% [markdown]
 # # An energy model in Pyro
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # An energy model is a density without its normaliser: a network inside `pyro.factor`. No ELBO can fit its parameters
 # to data, because the normaliser depends on them. Score matching can: it compares slopes, and slopes know no
@@ -198,6 +200,9 @@ for row, truth in zip(axes, (Gaussians, Circles), strict=True):
         ax.set(title=name + label, xlim=(-10, 10), ylim=(-10, 10))
 figure.suptitle("Log density, twelve nats below the highest")
 figure.savefig(FIGURES / "energy-densities.png", dpi=110)
+
+# %% [markdown]
+# ![Energy models of four Gaussians and two circles](images/energy-densities.png)
 
 # %% [markdown]
 # What each part holds: the share of probability within each Gaussian and each circle.

@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Finding all the modes
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # A hundred and twenty Gaussians in the plane, of equal weight, known to a sampler only as a log density. Pyro's
 # guides settle on a few of them, NUTS stays where it starts. This notebook lets three samplers look for them at the
@@ -110,6 +112,9 @@ for ax, (name, x) in zip(axes, draws.items(), strict=True):
 figure.savefig(FIGURES / "modes-120.png", dpi=120)
 
 # %% [markdown]
+# ![A mixture of 120: three samplers at equal evaluations, and exact draws](images/modes-120.png)
+
+# %% [markdown]
 # The trained sampler goes on drawing for the price of a network pass; the others would have to start again.
 #
 # ## Sensors
@@ -154,6 +159,9 @@ right.set(title="weights of the configurations", xlabel="configuration", xticks=
 right.set_ylim(0, 0.2)
 right.legend(frameon=False, loc="upper left", ncol=2)
 figure.savefig(FIGURES / "modes-sensors.png", dpi=120)
+
+# %% [markdown]
+# ![Eight configurations of a sensor network](images/modes-sensors.png)
 
 # %% [markdown]
 # Why not weights alone? In many dimensions they would do worse than fail. Damped weights count the mode that the

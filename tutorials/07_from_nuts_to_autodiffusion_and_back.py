@@ -13,7 +13,9 @@
 # %% [markdown]
 # # From NUTS to AutoDiffusion and back
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # A whole analysis, with the tools that a user of NUTS and ArviZ has at hand already: prior, fit, verdict, posterior
 # predictive check, leave-one-out cross-validation, and a choice between three models. NUTS and the diffusion sampler
@@ -177,6 +179,9 @@ right.set(title="60 data sets from the posterior", xlabel="log weight of a bush,
 figure.savefig(FIGURES / "mesquite-predictive.png", dpi=110)
 
 # %% [markdown]
+# ![Data drawn from the prior and from the posterior](images/mesquite-predictive.png)
+
+# %% [markdown]
 # ## Leave one out
 #
 # How well would each bush be predicted from the others? `az.loo` needs the pointwise log likelihood and says by its
@@ -250,6 +255,9 @@ for ax in (loo_axis, evidence_axis):
     ax.axvline(0, color=GREY, lw=0.8, ls=":")
     ax.set_ylim(2.5, -0.5)
 figure.savefig(FIGURES / "mesquite-comparison.png", dpi=110)
+
+# %% [markdown]
+# ![Slopes of two fits; three models by cross-validation and by evidence](images/mesquite-comparison.png)
 
 # %% [markdown]
 # ## And back

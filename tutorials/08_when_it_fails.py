@@ -13,7 +13,9 @@
 # %% [markdown]
 # # When it fails
 #
+# <!--
 # SPDX-License-Identifier: Apache-2.0
+# -->
 #
 # Three posteriors that the sampler gets wrong, what the diagnostics say of each, and what to do. The last is not
 # caught by anything: better to have seen that once than to believe in a verdict. The answers are known here, so that
@@ -196,3 +198,6 @@ right.set(xlabel="v", ylabel="density", title="The funnel's v: whose neck is mis
 right.legend(fontsize=8, frameon=False)
 figure.savefig(FIGURES / "when-it-fails.png", dpi=110)
 print(f"written: {FIGURES / 'when-it-fails.png'}")
+
+# %% [markdown]
+# ![A lost mode and a lost neck](images/when-it-fails.png)

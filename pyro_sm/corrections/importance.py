@@ -83,7 +83,7 @@ class DampedResampling:
     r"""Systematic resampling in proportion to ``w^γ``, γ ≤ 1 the largest that leaves an effective share of τ.
 
     Where a handful of draws has all the weight, many different ones are chosen, of a law between the guide's and the
-    target's: starting points for :class:`~pyro_sm.corrections.LocalMoves`, not draws to take averages over. γ is 1,
+    target's: starting points for :class:`~pyro_sm.smc.LocalMoves`, not draws to take averages over. γ is 1,
     and nothing is damped, where the weights are good enough.
 
     Args:

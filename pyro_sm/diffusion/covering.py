@@ -82,7 +82,7 @@ class PriorCovering:
         return z, self.log_prob(process, density, z)
 
     def log_prob(self, process: DiffusionProcess, density: Density, z: Tensor) -> Tensor:
-        """Prior log density."""
+        """Log density (B,) of the prior in nats at ``z`` (B, D), normalised; the process does not matter."""
         return self._prior(density).log_prior(z)
 
 

@@ -2,7 +2,7 @@
 r"""A diffusion sampler in latent space: Gaussian base, denoiser and kernels together, in plain torch.
 
 Latents ``z = m + L u`` are whitened by the base ``N(m, L Lᵀ)``; everything else happens in ``u``. Where latents drive
-the scales of others, a coupling bends what the base gives: ``z = T(m + L u)`` (``pyro_sm/coupling.py``). Log ratios
+the scales of others, a coupling bends what the base gives: ``z = T(m + L u)`` (``coupling.py``). Log ratios
 and densities are handed out for ``z``, so ``log|det ∂z/∂u|`` is already in them: ``log w = log p̃(z) + R``.
 
 A sampler is a value. What training changes beside the network is fitted to weighted draws by methods that return
@@ -67,7 +67,7 @@ class Diffusion:
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, the number of latents."""
         return self.base_loc.shape[0]
 
     @property

@@ -3,11 +3,11 @@ r"""Where the reverse kernels stand: the K levels that cost the least, by dynami
 
 A kernel between two levels is Gaussian; the true one is not, where modes part or meet. The loss of a whole path, the
 forward KL divergence between path measures, is a sum over its steps, so that the best of all K-step walks through a
-fine grid of levels is a shortest path. With ``c = 1 − low²/high²`` and the denoiser's moments ``D, V`` at ``y =
-u + high·ε``, the step from ``high`` to ``low`` costs, in nats and up to what is the same for all walks,
+fine grid of levels is a shortest path. With ``c = 1 − low²/high²`` and the denoiser's moments ``D, V`` at
+``y = u + high·ε``, the step from ``high`` to ``low`` costs, in nats and up to what is the same for all walks,
 
-    ``E KL( N(y + c(u − y), low² c) ‖ N(y + c(D − y), low² c + c² f V) )
-      = ½ E Σ_d [ (1 + (c/low²)(u − D)²)/(1 + x) − 1 + log(1 + x) ]``,   ``x = c f V/low²``,
+    ``E KL( N(y + c(u − y), low² c) ‖ N(y + c(D − y), low² c + c² f V) )``
+    ``= ½ E Σ_d [ (1 + (c/low²)(u − D)²)/(1 + x) − 1 + log(1 + x) ]``,   ``x = c f V/low²``,
 
 the expectation over draws ``u``, with the network evaluated once per grid level and the density never. It needs no
 new training: the denoiser knows every level in the range. First and last level stay where the schedule put them.

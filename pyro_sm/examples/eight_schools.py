@@ -41,7 +41,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def reference() -> Reference:
-    """The answer."""
+    """Means and standard deviations of theta, mu and tau by reference draws, and the exact log evidence in nats."""
     content = _content()
     names = [*(f"theta[{j}]" for j in range(1, 9)), "mu", "tau"]
     rows = [content["reference"][name] for name in names]

@@ -52,7 +52,7 @@ class Gaussian(NamedTuple):
     covariance: Tensor
 
     def draws(self, num_draws: int) -> Tensor:
-        """Draws (N, D)."""
+        """Exact draws (N, D), N = ``num_draws``."""
         noise = torch.randn(num_draws, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + noise @ torch.linalg.cholesky(self.covariance).T
 
@@ -80,7 +80,7 @@ class LowRankGaussian(NamedTuple):
         return torch.diag(self.diagonal) + self.factor @ self.factor.T
 
     def draws(self, num_draws: int) -> Tensor:
-        """Draws (N, D)."""
+        """Exact draws (N, D), N = ``num_draws``."""
         dim, rank = self.factor.shape
         noise = torch.randn(num_draws, dim + rank, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc + noise[:, :dim] * self.diagonal.sqrt() + noise[:, dim:] @ self.factor.T

@@ -40,7 +40,7 @@ def _row(values: Values, index: int) -> dict[str, Tensor]:
 
 
 class Batching(ABC):
-    """A way to evaluate a model at B latents. ``values`` are by site name, (B, *site shape)."""
+    """A way to evaluate a model at B latents. ``values`` are by site name, (B, *shape)."""
 
     name: ClassVar[str]
 
@@ -69,13 +69,13 @@ class OuterPlate(Batching):
         return aligned
 
     def log_joint(self, traced: TracedModel, values: Values, size: int) -> Tensor:
-        """See :class:`Batching`."""
+        """``log p(values, data)`` (B,) by one run inside a plate of size B."""
         if size == 1:  # packed tensors drop dimensions of size one, the batch among them
             return traced.log_joint(_row(values, 0)).reshape(1)
         return traced.log_joint(self._aligned(traced, values), size)
 
     def collect(self, traced: TracedModel, read: Read, values: Values, size: int) -> dict[str, Tensor]:
-        """See :class:`Batching`."""
+        """``read`` by one run, with the batch on the left of every value."""
         return read(self._aligned(traced, values), size)
 
 
@@ -93,12 +93,12 @@ class VMap(Batching):
     name: ClassVar[str] = "vmap"
 
     def log_joint(self, traced: TracedModel, values: Values, size: int) -> Tensor:
-        """See :class:`Batching`."""
+        """``log p(values, data)`` (B,) by one run under ``vmap``."""
         with _without_performance_warnings():
             return torch.func.vmap(traced.log_joint, randomness="same")(dict(values))
 
     def collect(self, traced: TracedModel, read: Read, values: Values, size: int) -> dict[str, Tensor]:
-        """See :class:`Batching`. Random draws differ from latent to latent."""
+        """``read`` by one run under ``vmap``. Random draws differ from latent to latent."""
 
         def one(_: Tensor, row: dict[str, Tensor]) -> dict[str, Tensor]:
             return read(row, None)
@@ -114,11 +114,11 @@ class OneByOne(Batching):
     name: ClassVar[str] = "one by one"
 
     def log_joint(self, traced: TracedModel, values: Values, size: int) -> Tensor:
-        """See :class:`Batching`."""
+        """``log p(values, data)`` (B,) by B runs."""
         return torch.stack([traced.log_joint(_row(values, i)) for i in range(size)])
 
     def collect(self, traced: TracedModel, read: Read, values: Values, size: int) -> dict[str, Tensor]:
-        """See :class:`Batching`."""
+        """``read`` of B runs, stacked on the left."""
         rows = [read(_row(values, i), None) for i in range(size)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

@@ -3,7 +3,7 @@ r"""A Pyro model and its data as a batched density on R^D.
 
 For continuous latent sites ``θ_s = T_s(z_s)``, with ``T_s`` the bijection from R^n onto the site's support,
 
-    log p̃(z) = log p(θ, data) + Σ_s log |det ∂T_s/∂z_s|,
+    ``log p̃(z) = log p(θ, data) + Σ_s log |det ∂T_s/∂z_s|``,
 
 discrete latents summed out exactly. ``z`` is the concatenation of the flattened ``z_s`` in the order of the
 model's trace. ``log p̃`` is in nats; its integral over R^D is the evidence of the data. A ``poutine.mask`` that is a

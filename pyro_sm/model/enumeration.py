@@ -35,7 +35,7 @@ from pyro_sm.base import ModelRefusedError
 
 
 def transpose(a: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """``opt_einsum`` backend interface."""
+    """``a`` with its dimensions in the order ``axes``: a function that ``opt_einsum`` asks its backend for."""
     return a.permute(axes)
 
 

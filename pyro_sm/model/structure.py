@@ -317,7 +317,7 @@ def inspect_model(
     Returns the structure and the traces.
 
     Raises:
-        ModelRefusedError: for whatever the head of ``model.py`` lists.
+        ModelRefusedError: for whatever the head of ``density.py`` lists.
     """
     runs = [prior_trace(traced) for _ in range(num_traces)]
     traces = [trace for trace, _ in runs]

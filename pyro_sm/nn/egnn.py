@@ -91,7 +91,7 @@ class EquivariantNetwork(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
-        """Evaluate."""
+        """``F`` and the log variance, (B, 2D), at latents ``x`` (B, D) and noise levels ``c`` (B,) or (1,)."""
         features = level_features(self.embedding, c, context, self.context_dim)
         condition = self.condition(features)
         ratio = torch.exp(4 * c)
@@ -166,7 +166,7 @@ class EGNN:
         return True
 
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
-        """The network."""
+        """The network, for ``dim = (num_bodies − 1)·space_dim`` mean-free latents and twice as many outputs."""
         expected = (self.num_bodies - 1) * self.space_dim
         if dim != expected or out_dim != 2 * dim:
             raise ValueError(

@@ -42,7 +42,7 @@ class NoiseEmbedding(nn.Module):
         self.register_buffer("frequencies", torch.logspace(-3, 2, num_frequencies, base=2.0) * 2 * math.pi)
 
     def forward(self, c: Tensor) -> Tensor:
-        """Embed ``c`` (B,)."""
+        """The embedding (B, 2J) of levels ``c`` (B,), or (1, 2J) of one for all rows."""
         angle = c[:, None] * self.frequencies
         return torch.cat([angle.cos(), angle.sin()], -1)
 
@@ -163,11 +163,11 @@ class MLP:
 
     @property
     def isotropic(self) -> bool:
-        """No."""
+        """No: the network treats every latent in its own way, whatever the base."""
         return False
 
     def build(self, dim: int, out_dim: int, context_dim: int) -> nn.Module:
-        """The network."""
+        """The network for ``dim`` latents and these sizes of output and context; zero at the start."""
         own = self.latent_width
         if own is None:
             own = _LATENT_WIDTH if dim > _FEW_LATENTS else 0

@@ -20,7 +20,7 @@ class InPieces(Protocol):
 
     @property
     def rows_in_cache(self) -> int:
-        """Rows."""
+        """How many rows of input leave activations that stay in the cache of one core."""
         ...
 
 

@@ -26,7 +26,7 @@ class Start(Protocol):
     """A normalised density with exact draws, such as ``GaussianDensity``."""
 
     def sample(self, num_draws: int) -> Tensor:
-        """Draws (num_draws, D)."""
+        """Exact draws (num_draws, D) of the normalised density."""
         ...
 
     def log_prob_and_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ class Bridge:
 
     @property
     def hottest(self) -> float:
-        """0."""
+        """0: the path begins at the start itself."""
         return 0.0
 
     def points(self, start: Start, density: Density, z: Tensor) -> Points:

@@ -46,7 +46,7 @@ class Target(Protocol):
 
     @property
     def log_evidence(self) -> float | None:
-        """``log Z``, nats."""
+        """``log Z`` in nats, or None where it is not known."""
         ...
 
     @property

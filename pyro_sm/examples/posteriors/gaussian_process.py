@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def gaussian_process(x: Tensor, y: Tensor) -> None:
-    """``x``, ``y``: (N,)."""
+    """The regression of ``y`` (N,) on ``x`` (N,), with latents ``rho``, ``alpha`` and ``sigma``."""
     rho = pyro.sample("rho", dist.Gamma(y.new_tensor(25.0), y.new_tensor(4.0)))
     alpha = pyro.sample("alpha", dist.HalfNormal(y.new_tensor(2.0)))
     sigma = pyro.sample("sigma", dist.HalfNormal(y.new_tensor(1.0)))

@@ -17,7 +17,7 @@ from pyro_sm.examples.posteriors.flat import flat_vector
 
 
 def ordered_mixture(y: Tensor) -> None:
-    """``y``: (N,)."""
+    """A mixture of two normal laws with ordered means, for data ``y`` (N,); labels are summed out by torch."""
     two, five = y.new_full((2,), 2.0), y.new_tensor(5.0)
     mu = flat_vector("mu", 2, constraints.ordered_vector)
     pyro.factor("mu_prior", dist.Normal(0 * two, two).to_event(1).log_prob(mu))

@@ -42,7 +42,7 @@ class PositiveNormal(TorchDistribution):
         return (self.loc - self.scale * torch.special.ndtri(standard)).clamp(min=tiny)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Nats."""
+        """Log density in nats at ``value``, elementwise."""
         if self._validate_args:
             self._validate_sample(value)
         log_mass = torch.special.log_ndtr(self.loc / self.scale)
