@@ -35,7 +35,7 @@ from pyro_sm import (
     WideCovering,
 )
 from pyro_sm.base import RoundInfo
-from pyro_sm.diffusion.coupling import fit_coupling
+from pyro_sm.diffusion.coupling_fit import fit_coupling
 from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP

@@ -40,7 +40,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_sm.base import Arguments, Density, Draws, ModelRefusedError, PyroSMWarning
 from pyro_sm.diffusion.anchor import Anchor, fit_anchor
-from pyro_sm.diffusion.coupling import Coupling, entropy, fit_coupling, refit_coupling
+from pyro_sm.diffusion.coupling import Coupling
+from pyro_sm.diffusion.coupling_fit import entropy, fit_coupling, refit_coupling
 from pyro_sm.diffusion.covering import Covering, default_covering, draw_with_covering
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.diffusion.diffusion import Diffusion
