@@ -62,7 +62,7 @@ from pyro_sm.training.checkpoint import read_checkpoint, write_checkpoint
 from pyro_sm.training.processes import Task, num_processes, train_in_processes
 from pyro_sm.training.progress import Progress, progress_bar
 from pyro_sm.training.schedule import Schedule, StoppingRule, deferred_interrupt
-from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
+from pyro_sm.weights import Evidence, effective_sample_size, evidence_with_tail, pareto_smooth
 
 _NAMES = itertools.count()
 _PROBE_SEED = 15_485_863  # the probe's generator is not that of training or of the draws
@@ -550,7 +550,7 @@ class DiffusionSampler:
     @property
     def evidence(self) -> Evidence:
         """``log Z`` and its standard error in nats, from fresh draws of the trained guide."""
-        return evidence(self._pool().log_weight)
+        return evidence_with_tail(self._pool().log_weight)
 
     @property
     def log_evidence(self) -> float:

@@ -56,7 +56,7 @@ from pyro_sm.diagnostics.guide_draws import draw_from_guide
 from pyro_sm.diagnostics.verdict.verdict import Trust, TrustWarning, Verdict
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.trace import isolated_rng, prior_trace
-from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
+from pyro_sm.weights import Evidence, effective_sample_size, evidence_with_tail, pareto_smooth
 
 KHAT_THRESHOLD = 0.7
 """Above this Pareto shape, averages over the weighted draws cannot be trusted."""
@@ -361,7 +361,7 @@ def _attributes(draws: Draws, correction: Correction, provenance: Provenance, le
 
 def _weight_attributes(log_w: Tensor) -> dict[str, float]:
     khat, share = float(pareto_smooth(log_w).khat), effective_sample_size(log_w) / log_w.shape[0]
-    return {"pareto_khat": khat, "importance_ess": share, **evidence(log_w)._asdict()}
+    return {"pareto_khat": khat, "importance_ess": share, **evidence_with_tail(log_w)._asdict()}
 
 
 # ------------------------------------------------------------------------------------------------- names
