@@ -308,6 +308,18 @@ def test_more_must_be_saved_than_is_asked_for():
     assert fit_coupling(z, min_gain=1.1 * gain) is None
 
 
+def test_each_parameter_must_save_one_over_the_number_of_draws():
+    """Beside ``min_gain``: four of each latent, ``c, a_0, y, κ``, and two of each driven one for its driver."""
+    dim, count = 3, 80
+    z = Funnel(dim).sample(count, torch.Generator().manual_seed(3)).double()
+    low, high = 0.0, 20.0  # gains that are asked for, met and not
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit_coupling(z, min_gain=middle) is not None else (low, middle)
+    saved = entropy(z, None) - entropy(z, fit_coupling(z, min_gain=low))
+    assert (saved - low) * count == pytest.approx(4 * dim + 2 * (dim - 1), abs=3)
+
+
 @pytest.mark.parametrize(
     "target",
     [GaussianMixture(), ManyWell(), UnequalModes(), Rings(), PhiFour(), GaussianShells()],
