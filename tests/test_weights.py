@@ -378,6 +378,22 @@ def test_a_rare_component_with_bounded_weights_is_no_heavy_tail():
     assert abs(evidence(log_w).log_evidence - truth) < 4 * evidence(log_w).log_evidence_se
 
 
+def test_the_upper_quarter_of_a_tail_counts_if_it_is_lighter_by_two_of_its_errors():
+    generator = torch.Generator().manual_seed(2)
+    rare = torch.rand(40_000, generator=generator) < 0.01
+    body = 0.4 * torch.rand(40_000, dtype=torch.float64, generator=generator)
+    log_w = torch.where(rare, 2 + pareto_log_weights(40_000, 0.55, seed=2), body)
+    x = upper_tail(log_w).exceedance
+    quarter = x[-(len(x) // 4) - 1 :]
+    whole, _ = _unseen(x, upper_tail(log_w).cut, 1.0)
+    shape, mass = _unseen((quarter - quarter[0])[1:], upper_tail(log_w).cut + float(quarter[0]), 2.0)
+    assert 0.5 < shape < 0.9 < whole
+    share = mass * math.exp(float(log_w.max() - torch.logsumexp(log_w, 0)))
+    assert unseen_mass(log_w) == pytest.approx(share, rel=1e-9)
+    found = evidence_with_tail(log_w).log_evidence_se
+    assert found == pytest.approx(math.hypot(evidence(log_w).log_evidence_se, share), rel=1e-9)
+
+
 def test_what_rests_on_one_draw_has_no_error():
     alone = torch.full((1000,), -math.inf)
     alone[7] = 0.3
