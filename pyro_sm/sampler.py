@@ -41,7 +41,7 @@ from pyro_sm.training.check import Look, ProbeRun, acceptance, examined
 from pyro_sm.training.replicas import Replicas
 from pyro_sm.training.schedule import Schedule, StoppingRule
 from pyro_sm.training.trainer import Trainer
-from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
+from pyro_sm.weights import Evidence, effective_sample_size, evidence_with_tail, pareto_smooth
 
 _NAMES = itertools.count()
 _DRAWS_PER_CHAIN = 1000  # that R̂ compares: it resolves .01 with a few hundred independent draws of each
@@ -240,7 +240,7 @@ class DiffusionSampler:
     @property
     def evidence(self) -> Evidence:
         """``log Z`` and its standard error in nats, from fresh draws of the trained guide."""
-        return evidence(self._pool().log_weight)
+        return evidence_with_tail(self._pool().log_weight)
 
     @property
     def log_evidence(self) -> float:

@@ -3,7 +3,8 @@ r"""Importance weights: what one batch of log weights says, and what may be done
 
 ``log w_i`` (N,), nats, with ``E[w] = Z``.
 
-* evidence ``log Ẑ = log (1/N) Σ w_i``; its delta-method standard error ``sd(w) / (√N mean(w))``;
+* evidence ``log Ẑ = log (1/N) Σ w_i``; its delta-method standard error ``sd(w) / (√N mean(w))``, which holds where
+  weights have a variance; and one that adds the share of Z that a heavy tail has above the largest weight seen;
 * effective sample size ``ESS = (Σ w)² / Σ w²``;
 * damping: the largest ``γ ≤ 1`` with ``ESS(w^γ) ≥ τ N`` (a trust region on the weights);
 * Pareto smoothing: the tail of the weights is replaced by the quantiles of a generalised Pareto law fitted to
@@ -64,7 +65,9 @@ class Evidence(NamedTuple):
 def evidence(log_w: Tensor) -> Evidence:
     """Evidence from independent weights (N,); the error is ``sd(w)/(√N mean(w)) = √((1/ESS − 1/N) N/(N−1))``.
 
-    The error is ``inf`` for a single weight, and if no weight is finite.
+    This is the delta method. It holds where the weights have a variance; where they have none it is too small most of
+    the time, and :func:`evidence_with_tail` is what to report. The error is ``inf`` for a single weight, and if no
+    weight is finite.
     """
     n = log_w.shape[0]
     ess = effective_sample_size(log_w)
@@ -151,32 +154,111 @@ def upper_tail(log_w: Tensor) -> Tail:
     return Tail(index, w[index] - cut, float(cut), float(shift))
 
 
-def pareto_smooth(log_w: Tensor) -> Smoothed:
-    """Replace the largest ``min(N/5, 3√N)`` weights by fitted Pareto quantiles, truncated at the raw maximum.
+class TailLaw(NamedTuple):
+    """The generalised Pareto law fitted to a tail: ``shape`` k̂ and ``scale`` σ, relative to the largest weight.
 
-    ``log_w``: (N,). k̂ is ``inf`` (and nothing is smoothed) if it cannot be estimated: fewer than five weights
-    in the tail, none below it, or a weight that is NaN or ``+inf``. It is ``-inf`` if the largest weights are
-    all equal up to rounding, so that there is no tail at all.
+    Where none can be fitted, ``tail`` is None and ``shape`` is ``inf``, or ``-inf`` if there is no tail.
+    """
+
+    tail: Tail | None
+    shape: float
+    scale: float
+
+
+def fitted_tail(log_w: Tensor) -> TailLaw:
+    """The law of the upper tail of log weights (N,).
+
+    The shape is ``inf`` if it cannot be estimated: fewer than five weights in the tail, none below it, or a weight
+    that is NaN or ``+inf``. It is ``-inf`` if the largest weights are all equal up to rounding, so that there is no
+    tail.
     """
     n = log_w.shape[0]
     finite = int(torch.isfinite(log_w).sum())
     if finite == 0 or not math.isfinite(float(log_w.max())):
-        return Smoothed(log_w, math.inf)
+        return TailLaw(None, math.inf, math.nan)
     tail = upper_tail(log_w)
     rounding = math.sqrt(torch.finfo(log_w.dtype).eps)
     if n > 20 and 1 - tail.cut <= rounding:
-        return Smoothed(log_w, -math.inf)
+        return TailLaw(None, -math.inf, math.nan)
     m = tail.position.shape[0]
     if m < 5 or finite <= m:
-        return Smoothed(log_w, math.inf)
+        return TailLaw(None, math.inf, math.nan)
     k, scale = generalised_pareto_fit(tail.exceedance)
     if not (math.isfinite(k) and math.isfinite(scale) and scale > 0):
-        return Smoothed(log_w, math.inf)
+        return TailLaw(None, math.inf, math.nan)
+    return TailLaw(tail, k, scale)
+
+
+def pareto_smooth(log_w: Tensor) -> Smoothed:
+    """Replace the largest ``min(N/5, 3√N)`` weights by fitted Pareto quantiles, truncated at the raw maximum.
+
+    ``log_w``: (N,). Nothing is smoothed where :func:`fitted_tail` finds no law.
+    """
+    tail, k, scale = fitted_tail(log_w)
+    if tail is None:
+        return Smoothed(log_w, k)
+    m = tail.position.shape[0]
     p = (torch.arange(m, dtype=torch.float64, device=log_w.device) + 0.5) / m
     quantile = -scale * torch.log1p(-p) if abs(k) < 1e-12 else scale * torch.expm1(-k * torch.log1p(-p)) / k
     smooth = log_w.clone()
     smooth[tail.position] = (torch.log(quantile + tail.cut).clamp(max=0.0) + tail.log_scale).to(log_w.dtype)
     return Smoothed(smooth, k)
+
+
+def _unseen(exceedance: Tensor, cut: float, num_errors: float) -> tuple[float, float]:
+    """A cautious shape of a tail, and ``Σ w`` expected above its largest weight, relative to that weight.
+
+    ``exceedance``: (M,) above the ``cut`` c, sorted ascending, the last ``u = 1 − c``. The shape k is taken
+    ``num_errors`` standard errors ``(1 + k̂)/√M`` larger than it is found. The mass is
+
+        ``M E[(c + X); X > u] = M S(u) (c + u + (σ + k u)/(1 − k))``,   ``S(u) = (1 + k u/σ)^(−1/k)``,
+
+    ``inf`` for k ≥ 1, where weights have no mean, and 0 for k ≤ 1/2, where they have a variance that tells the error.
+    """
+    m = len(exceedance)
+    found, scale = generalised_pareto_fit(exceedance)
+    k = found + num_errors * (1 + found) / math.sqrt(m)
+    if k <= 0.5:
+        return k, 0.0
+    if not (k < 1 and scale > 0):
+        return k, math.inf
+    u = float(exceedance[-1])
+    return k, m * (1 + k * u / scale) ** (-1 / k) * (cut + u + (scale + k * u) / (1 - k))
+
+
+def unseen_mass(log_w: Tensor) -> float:
+    """The share of ``Σ w`` that log weights (N,) let expect above the largest; ``inf`` if there is no saying.
+
+    By the tail's law with a shape one standard error above k̂: an underrated tail hides most. If the upper quarter of
+    the tail has a smaller shape even with two of its own errors added, that one counts: the weights of a mixture, of
+    which one component is rare, look like a heavy tail, but end.
+    """
+    law = fitted_tail(log_w)
+    if law.tail is None:
+        # Nothing to be said of the tail. Fewer than two effective draws have no spread to tell an error either.
+        return math.inf if law.shape == math.inf and effective_sample_size(log_w) < 2 else 0.0
+    x, cut = law.tail.exceedance, law.tail.cut
+    shape, mass = _unseen(x, cut, 1.0)
+    m = len(x) // 4
+    if shape > 0.5 and m >= 5 and x[-m] > x[-m - 1]:
+        upper = x[-m - 1 :]
+        shorter, less = _unseen((upper - upper[0])[1:], cut + float(upper[0]), 2.0)
+        mass = less if shorter < shape else mass
+    return mass / float(torch.exp((log_w - law.tail.log_scale).double()).sum())
+
+
+def evidence_with_tail(log_w: Tensor) -> Evidence:
+    """Evidence from independent weights (N,), with the error to report: ``√(se_Δ² + unseen_mass²)``, nats.
+
+    ``se_Δ`` is that of :func:`evidence`. Weights without a variance (k ≥ 1/2) have errors of the order ``N^(k−1)``:
+    mostly too little, by what the sample does not hold, and at times too much, by one weight, which ``se_Δ`` sees.
+    Where k̂ is below 1/2 by more than its own error, this is the delta method's. The error is ``inf`` where k̂ is 1 or
+    nearly, and where one draw carries everything.
+    """
+    found = evidence(log_w)
+    if not math.isfinite(found.log_evidence_se):
+        return found
+    return found._replace(log_evidence_se=math.hypot(found.log_evidence_se, unseen_mass(log_w)))
 
 
 def systematic(weights: Tensor, start: Tensor, num_draws: int) -> Tensor:

@@ -35,7 +35,7 @@ from pyro_sm import (
     WideCovering,
 )
 from pyro_sm.base import RoundInfo
-from pyro_sm.diffusion.coupling import fit_coupling
+from pyro_sm.diffusion.coupling_fit import fit_coupling
 from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.examples.improper import factor_model
 from pyro_sm.nn.mlp import MLP
@@ -786,25 +786,32 @@ def coupled(sampler):
     return [key for key in sampler.guide.state_dict() if "coupling" in key]
 
 
+@pytest.mark.slow
 def test_a_funnel_is_straightened_and_sampled(monkeypatch):
+    """Four seeds have log Z within 1.1 of its errors of 0, v of sd 2.85 to 2.93, and effective shares of .77 to .93.
+
+    The straightened coordinates are found in the first rounds. With twelve rounds the network is not yet trained: v
+    has an sd of 2.4 to 2.5, and the draws miss a tenth of Z, with 200,000 of them as with 16,000.
+    """
     target = Funnel(5)
-    sampler = in_a_funnel(target, 512, 12, 100)
+    sampler = in_a_funnel(target, 512, 32, 100)
     sampler.run()
     process = sampler.guide.diffusion()
     assert process.coupling.drivers().tolist() == [True, False, False, False, False]
     assert sampler.guide.drivers() == ["x[0]"]
     assert sampler.report().endswith("coordinates   a funnel is straightened, driven by x[0]")
     torch.testing.assert_close(process.coupling.slope[1:, 0], torch.full((4,), 0.5), rtol=0, atol=0.06)
-    assert abs(sampler.log_evidence) < 0.1
+    assert abs(sampler.log_evidence) < 5 * sampler.log_evidence_se
+    assert sampler.log_evidence_se < 0.1
     assert target.found_v_sd(sampler.get_samples(2000)["x"]) == pytest.approx(target.v_sd, rel=0.1)
-    assert sampler.ess > 0.2
+    assert sampler.ess > 0.6
     # At the same cost without.
     monkeypatch.setattr("pyro_sm.diffusion.diffusion.fit_coupling", lambda z: None)
-    plain = in_a_funnel(target, 512, 12, 100)
+    plain = in_a_funnel(target, 512, 32, 100)
     plain.run()
     assert not coupled(plain)
     assert "straightened" not in plain.report()
-    assert plain.ess < 0.05
+    assert plain.ess < sampler.ess - 0.2
     assert plain.history[-1].density_evaluations == sampler.history[-1].density_evaluations
 
 

@@ -67,7 +67,7 @@ from pyro_sm.diagnostics.verdict.thresholds import KHAT_THRESHOLD
 from pyro_sm.diagnostics.verdict.trust import Trust, TrustWarning
 from pyro_sm.diagnostics.verdict.verdict import Verdict
 from pyro_sm.model.density import ModelDensity
-from pyro_sm.weights import Evidence, effective_sample_size, evidence, pareto_smooth
+from pyro_sm.weights import Evidence, effective_sample_size, evidence_with_tail, pareto_smooth
 
 _DEFAULT_CORRECTION = ImportanceResampling()
 
@@ -242,7 +242,7 @@ def _attributes(draws: Draws, correction: Correction, provenance: Provenance, le
 
 def _weight_attributes(log_w: Tensor) -> dict[str, float]:
     khat, share = float(pareto_smooth(log_w).khat), effective_sample_size(log_w) / log_w.shape[0]
-    return {"pareto_khat": khat, "importance_ess": share, **evidence(log_w)._asdict()}
+    return {"pareto_khat": khat, "importance_ess": share, **evidence_with_tail(log_w)._asdict()}
 
 
 def _warn_if_untrusted(khat: float | None, share: float | None, verdict: Verdict | None) -> None:

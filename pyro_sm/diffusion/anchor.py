@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Products (J, rows, D) of so many numbers stay in the cache of a core.
+# Products (J, rows, D) of so many numbers, a megabyte in float32, stay in the cache of a core.
 _NUMBERS_IN_CACHE = 2**18
-# A variance by differences may come out as zero or less.
+# A variance by differences may come out as zero or less: at least this share of that within groups, 1 % of its sd.
 _LEAST_SHARE = 1e-4
-_FEWEST = 10  # draws that make a group
+_FEWEST = 10  # draws that make a group: a variance is then known to half of itself, √(2/10)
 
 
 class Anchor(NamedTuple):

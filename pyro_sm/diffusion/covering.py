@@ -56,7 +56,8 @@ class PriorCovering:
     Gaussian has; its draws cost one density evaluation each, like all others.
 
     Args:
-        share: ρ in [0, 1).
+        share: ρ in [0, 1): a tenth of the draws buys weights of at most ten times the likelihood, for log(1/.9) = .1
+            nats where the guide is right.
 
     Raises:
         ValueError: a share outside [0, 1).
@@ -91,8 +92,9 @@ class WideCovering:
     """``b = N(m, (scale·L)(scale·L)ᵀ)`` around the guide's base, bent as it is, and its share ρ of the draws.
 
     Args:
-        share: ρ in [0, 1).
-        scale: width in units of the base.
+        share: ρ in [0, 1): a tenth, as of the prior's.
+        scale: width in units of the base. A target with tails of sd σ bases has bounded weights for σ < scale; half
+            as wide again costs a factor of 1.5^D in the density of draws amid the base.
 
     Raises:
         ValueError: a share outside [0, 1) or a scale that is not positive.

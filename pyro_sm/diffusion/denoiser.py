@@ -35,7 +35,8 @@ from pyro_sm.diffusion.anchor import Anchor
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-# exp(±) of these is far outside what any fitted posterior needs; they keep a bad step from overflowing.
+# exp of these is far outside what any fitted posterior needs (factors of 1e-6 and 400); they
+# keep a bad step from overflowing.
 _LOG_VARIANCE_RANGE = (-14.0, 6.0)
 
 

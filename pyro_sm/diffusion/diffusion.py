@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pyro_sm.diffusion.anchor import fit_anchor
-from pyro_sm.diffusion.coupling import Coupling, entropy, fit_coupling, refit_coupling
+from pyro_sm.diffusion.coupling import Coupling
+from pyro_sm.diffusion.coupling_fit import entropy, fit_coupling, refit_coupling
 from pyro_sm.diffusion.denoiser import Denoiser, Regression
 from pyro_sm.diffusion.flow import FlowSolver, ProbabilityFlow
 from pyro_sm.diffusion.kernels import Kernels, fit_kernels, gaussian_kernels, path_log_ratio, sample_paths

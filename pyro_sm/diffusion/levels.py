@@ -24,9 +24,10 @@ from torch import Tensor
 
 from pyro_sm.diffusion.denoiser import Denoiser
 
-_FINENESS = 3  # grid levels per step
-_WIDEST = 8  # a step spans at most this many steps of the even schedule
-# Nats that the even schedule pays in all for being even, and others more: it decides where nothing else does.
+_FINENESS = 3  # grid levels per step: a level is off its best place by a sixth of a step at most
+_WIDEST = 8  # a step spans at most this many steps of the even schedule, which bounds the search to 24 G costs
+# Nats that the even schedule pays in all for being even, and others more: it decides where nothing else does. 2 % of
+# Z, less than a round of draws can measure.
 _EVENNESS = 0.02
 
 

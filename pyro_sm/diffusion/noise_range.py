@@ -23,8 +23,10 @@ class NoiseRange:
     """Noise-to-signal ratios from ``min`` to ``max``, unitless: noise is measured in widths of the base.
 
     Args:
-        min: of the first kernel; below the smallest detail of the posterior, in widths of the base.
-        max: of the last kernel; there the posterior must be hidden, or the guide cannot leave its base.
+        min: of the first kernel; below the smallest detail of the posterior, in widths of the base. By default .002:
+            "Elucidating the Design Space of Diffusion-Based Generative Models" https://arxiv.org/abs/2206.00364 .
+        max: of the last kernel; there the posterior must be hidden, or the guide cannot leave its base. By default 8:
+            of a point as far off as one width of the base, a share of 1/(1 + 8²) = 1.5 % of the variance is seen.
 
     Raises:
         ValueError: unless ``0 < min < max``.

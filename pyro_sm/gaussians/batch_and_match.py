@@ -39,10 +39,10 @@ from torch import Tensor
 from pyro_sm.base import Density
 from pyro_sm.gaussians.laplace import laplace
 
-_PATCH_STEPS = 20
-_REST, _MISSES = 0.05, 3  # nats of ELBO that are none, and how often in a row
-_LOWEST_RATE = 1e-4
-_UNSETTLED = 10.0  # times D; see batch_and_match
+_PATCH_STEPS = 20  # of EM, each of which lowers the divergence; they begin at the best W for the Ψ there is
+_REST, _MISSES = 0.05, 3  # nats of ELBO that are none (5 % of Z), and how often in a row
+_LOWEST_RATE = 1e-4  # at which an update is a ten-thousandth of what the batch asks for: smaller ones mend nothing
+_UNSETTLED = 10.0  # times D, ten times what a Gaussian too narrow has; see batch_and_match
 
 
 class Gaussian(NamedTuple):

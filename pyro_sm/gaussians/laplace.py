@@ -54,7 +54,8 @@ def hessian(density: Density, z: Tensor, step: float) -> Tensor:
 def laplace(density: Density, start: Tensor, *, max_iterations: int = 200, max_scale: float = 10.0) -> Laplace:
     """Mode and curvature from ``start`` (D,).
 
-    Directions in which the curvature is not negative get the standard deviation ``max_scale``.
+    Directions in which the curvature is not negative get the standard deviation ``max_scale``, by default ten times
+    that of a latent of unit size: there it has to cover, and nothing is known.
 
     Raises:
         ValueError: the search left the finite numbers, or the score at the mode is not finite.

@@ -27,8 +27,8 @@ from pyro_sm.base import ModelRefusedError
 from pyro_sm.density import value_and_score
 from pyro_sm.model.trace import TracedModel, describe_error, no_validation, nodes, site_log_prob
 
-_TRIES = 128
-_POINTS = 8
+_TRIES = 128  # prior draws among which points with a finite density are looked for
+_POINTS = 8  # that a way of batching is compared at: any structure that it gets wrong shows at nearly every one
 
 Values = Mapping[str, Tensor]
 Read = Callable[[Values, int | None], dict[str, Tensor]]

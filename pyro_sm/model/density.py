@@ -22,43 +22,38 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from pyro_sm.base import Evaluations, ModelRefusedError, PyroSMWarning
-from pyro_sm.density import value_and_score, without_nan
+from pyro_sm.base import Evaluations, PyroSMWarning
+from pyro_sm.density import without_nan
 from pyro_sm.model.batching import (
     Batching,
     OneByOne,
     OuterPlate,
-    Read,
     Reference,
     Values,
     VMap,
-    choose_batching,
     first_disagreement,
-    fit_shape,
     reference_points,
-    tolerance,
 )
 from pyro_sm.model.compiled import CompiledScores
-from pyro_sm.model.structure import IMPUTED, Site, Structure, check_same, finite, inspect_model
-from pyro_sm.model.trace import (
-    Recorder,
-    TracedModel,
-    describe_error,
-    isolated_rng,
-    no_validation,
-    nodes,
-    prior_trace,
-    site_log_prob,
+from pyro_sm.model.readouts import ReadOuts
+from pyro_sm.model.structure import Site, Structure, check_same, inspect_model
+from pyro_sm.model.trace import TracedModel, isolated_rng
+from pyro_sm.model.verification import (
+    check_deterministic,
+    chosen_batching,
+    points_by_loop,
+    score_by_loop,
+    warn_of_masked,
 )
 
 __all__ = ["Batching", "ModelDensity", "OneByOne", "OuterPlate", "Site", "VMap"]
 
-_MANY_MASKED = 10  # fewer cost next to nothing
 # A million bytes or two of terms of the log density stay in the cache of a core; a run of the model costs a
 # millisecond, whatever the batch, and several under ``vmap``.
 _TERMS_IN_CACHE = 2**18
@@ -128,12 +123,14 @@ class ModelDensity:
             if device is not None and torch.device(device).type != self.device.type:
                 raise ValueError(f"expected the model's latents on {device}, found them on {self.device}")
             first = torch.stack([structure.pack_trace(trace, self.dtype) for trace in traces])
-            reference = reference_points(first, self._draw_points, self._score_reference)
-            self._check_deterministic(reference)
+            drawn = partial(points_by_loop, self._traced, structure, self.dtype)
+            reference = reference_points(first, drawn, self._score_reference)
+            self.verification_evaluations.values += 1
+            check_deterministic(self._reference_value, reference)
             self._probe = reference.z[torch.arange(3) % len(reference.z)]
             self.batching_reasons: tuple[str, ...] = ()
             self.batching: Batching = batching or self._choose(reference)
-        self._warn_of_masked()
+        warn_of_masked(structure, stacklevel=4)
         self._chunk_size = chunk_size
         self._compiled = CompiledScores() if compile else None
         if structure.params:
@@ -143,22 +140,6 @@ class ModelDensity:
                 PyroSMWarning,
                 stacklevel=2,
             )
-
-    def _warn_of_masked(self) -> None:
-        for name, count in self._structure.masked.items():
-            if count >= _MANY_MASKED:
-                advice = (
-                    "give the missing values a site of their own, with as many values, and put them into the data "
-                    "with index_put"
-                    if name.endswith(IMPUTED)
-                    else "give the values that count a site of their own"
-                )
-                warnings.warn(
-                    f"{count} values of the latent site {name!r} are masked out: they follow their prior and say "
-                    f"nothing, but each makes the latent space one dimension larger; {advice}",
-                    PyroSMWarning,
-                    stacklevel=4,
-                )
 
     def _adopt(self, structure: Structure) -> None:
         self._structure = structure
@@ -311,15 +292,7 @@ class ModelDensity:
 
         Sites in :attr:`improper` are drawn uniformly from (-2, 2) in unconstrained space.
         """
-
-        def read(values: Values, size: int | None) -> dict[str, Tensor]:
-            trace, _ = prior_trace(self._traced, size)
-            return {site.name: nodes(trace)[site.name]["value"] for site in self.sites}
-
-        shapes = {site.name: site.shape for site in self.sites}
-        with torch.no_grad():
-            z = self.pack(self._collect_random(read, {}, num_draws, shapes))
-        return finite(z)
+        return self._readouts().prior_draws(num_draws)
 
     @property
     def has_prior(self) -> bool:
@@ -339,24 +312,7 @@ class ModelDensity:
         Raises:
             NotImplementedError: a prior is improper, or depends on a discrete latent.
         """
-        if self.improper:
-            raise NotImplementedError(f"the prior of the latent site {self.improper[0]!r} is improper")
-        names = [site.name for site in self.sites]
-
-        def read(values: Values, size: int | None) -> dict[str, Tensor]:
-            sites = nodes(self._traced.condition(values, size))
-            with no_validation():
-                terms = [sites[name]["fn"].log_prob(values[name]) for name in names]
-            if size is None:
-                if any(term.numel() > values[name].numel() for name, term in zip(names, terms, strict=True)):
-                    raise NotImplementedError("the prior of a continuous latent depends on a discrete one")
-                return {"log_prior": torch.stack([term.sum() for term in terms]).sum()}
-            return {"log_prior": torch.stack([term.reshape(size, -1).sum(-1) for term in terms]).sum(0)}
-
-        z = self._checked(z)
-        value = self._collect_checked(read, z, {"log_prior": Size([])})["log_prior"].to(self.dtype)
-        log_det = self._structure.constrain(z)[1]
-        return without_nan(value if log_det is None else value + log_det)
+        return self._readouts().log_prior(self._checked(z))
 
     def log_prior_terms(self, z: Tensor) -> dict[str, Tensor]:
         """Log prior density of each latent site in its own space, nats: no data, no factors, no scales, no masks.
@@ -370,17 +326,7 @@ class ModelDensity:
         if not self.has_prior:
             self.log_prior(self._probe)  # says why
             raise NotImplementedError("the prior has no finite density where it was looked at")
-        names = [site.name for site in self.sites]
-
-        def read(values: Values, size: int | None) -> dict[str, Tensor]:
-            sites = nodes(self._traced.condition(values, size))
-            with no_validation():
-                return {name: sites[name]["fn"].log_prob(values[name]) for name in names}
-
-        one = {name: value[0] for name, value in self.unpack(self._probe).items()}
-        with torch.no_grad():
-            shapes = {name: term.shape for name, term in read(one, None).items()}
-            return self._collect_checked(read, self._checked(z), shapes)
+        return self._readouts().log_prior_terms(self._checked(z))
 
     def posterior_predictive(self, z: Tensor) -> dict[str, Tensor]:
         """Fresh draws of the observed sites, and the deterministic sites, given the latents.
@@ -388,32 +334,11 @@ class ModelDensity:
         ``z``: (B, D); returns (B, *shape) by site name. Discrete latents are drawn from their prior given
         ``z``.
         """
-        redraw = frozenset(self.observed)
-        shapes = {name: value.shape for name, value in self.observed.items()} | self._structure.deterministic
-
-        def read(values: Values, size: int | None) -> dict[str, Tensor]:
-            recorder = Recorder(values, self._traced.params, draw=True, redraw=redraw)
-            trace = self._traced.run(recorder, size)
-            return {name: nodes(trace)[name]["value"] for name in shapes}
-
-        with torch.no_grad():
-            # the density says nothing about deterministic sites, so an outer plate is not verified for them
-            trusted = not self._structure.deterministic
-            return self._collect_random(read, self.unpack(z), z.shape[0], shapes, trusted=trusted)
+        return self._readouts().posterior_predictive(self._checked(z))
 
     def deterministics(self, z: Tensor) -> dict[str, Tensor]:
         """Values of the ``pyro.deterministic`` sites. ``z``: (B, D); returns (B, *shape) by site name."""
-        shapes = self._structure.deterministic
-
-        def read(values: Values, size: int | None) -> dict[str, Tensor]:
-            # drawn, not enumerated: a deterministic site gets one value per latent
-            trace = self._traced.run(Recorder(values, self._traced.params, draw=True), size)
-            return {name: nodes(trace)[name]["value"] for name in shapes}
-
-        with torch.no_grad():
-            if self._structure.enumerated:
-                return self._collect_random(read, self.unpack(z), z.shape[0], shapes)
-            return self._collect_checked(read, self._checked(z), shapes)
+        return self._readouts().deterministics(self._checked(z))
 
     def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
         """Pointwise log likelihood of each observed site, masked but not scaled.
@@ -424,65 +349,10 @@ class ModelDensity:
             NotImplementedError: the model has discrete latents, so that its data are not independent given
             ``z``.
         """
-        if self._structure.enumerated:
-            raise NotImplementedError(
-                f"pointwise log likelihood with the discrete latent site "
-                f"{self._structure.enumerated[0]!r}: the "
-                "data are not independent given the continuous latents"
-            )
-        shapes = self._structure.log_prob_shapes
+        return self._readouts().log_likelihood(self._checked(z))
 
-        def read(values: Values, size: int | None) -> dict[str, Tensor]:
-            sites = nodes(self._traced.condition(values, size))
-            with no_validation():
-                return {name: site_log_prob(name, sites[name], scaled=False) for name in shapes}
-
-        with torch.no_grad():
-            return self._collect_checked(read, self._checked(z), shapes)
-
-    def _collect(
-        self, batching: Batching, read: Read, values: Values, size: int, shapes: Mapping[str, Size]
-    ) -> dict[str, Tensor]:
-        found = batching.collect(self._traced, read, values, size)
-        return {name: fit_shape(name, found[name], size, shape) for name, shape in shapes.items()}
-
-    def _collect_random(
-        self, read: Read, values: Values, size: int, shapes: Mapping[str, Size], *, trusted: bool = True
-    ) -> dict[str, Tensor]:
-        """What is verified for the density holds for draws, unless discrete latents were enumerated there."""
-        if not shapes or size == 0:
-            return {name: torch.empty(size, *shape) for name, shape in shapes.items()}
-        ways: list[Batching] = [VMap()] if not isinstance(self.batching, OneByOne) else []
-        if trusted and isinstance(self.batching, OuterPlate) and not self._structure.enumerated and size > 1:
-            ways.insert(0, self.batching)
-        for way in ways:
-            try:
-                return self._collect(way, read, values, size, shapes)
-            except Exception:  # the loop below gives the same draws, and a better message if it fails as well
-                continue
-        return self._collect(OneByOne(), read, values, size, shapes)
-
-    def _collect_checked(self, read: Read, z: Tensor, shapes: Mapping[str, Size]) -> dict[str, Tensor]:
-        """The check of the density does not cover read-outs: compare with the loop at three known points."""
-        if not shapes or z.shape[0] == 0:
-            return {name: z.new_empty(z.shape[0], *shape) for name, shape in shapes.items()}
-        few, values = self.unpack(self._probe), self.unpack(z)
-        expected = self._collect(OneByOne(), read, few, len(self._probe), shapes)
-        ways: list[Batching] = [OuterPlate()] if isinstance(self.batching, OuterPlate) and len(z) > 1 else []
-        if not isinstance(self.batching, OneByOne):
-            ways.append(VMap())
-        rtol = tolerance(self.dtype)
-        for way in ways:
-            try:
-                found = self._collect(way, read, few, len(self._probe), shapes)
-                if all(
-                    torch.allclose(found[name], expected[name], rtol=rtol, atol=rtol, equal_nan=True)
-                    for name in shapes
-                ):
-                    return self._collect(way, read, values, len(z), shapes)
-            except Exception:  # the loop below gives the same values, and a better message if it fails too
-                continue
-        return self._collect(OneByOne(), read, values, len(z), shapes)
+    def _readouts(self) -> ReadOuts:
+        return ReadOuts(self._traced, self._structure, self.batching, self._probe, self.dtype)
 
     # ------------------------------------------------------------------------------------------- other data
 
@@ -524,46 +394,13 @@ class ModelDensity:
             values = [self._raw_value(row, OneByOne()) for row in leaf.split(1)]
             return torch.cat(values) + _nothing(leaf)
 
-        try:
-            with torch.inference_mode(False):
-                return value_and_score(raw, z)
-        except ModelRefusedError:
-            raise
-        except Exception as error:
-            hint = ""
-            if self._structure.enumerated and "Boolean value of Tensor" in str(error):
-                names = ", ".join(map(repr, self._structure.enumerated))
-                hint = f"; discrete latents ({names}) have all their values at once: write torch.where instead of if"
-            raise ModelRefusedError(f"the log density failed {describe_error(error)}{hint}") from error
-
-    def _draw_points(self, num_draws: int) -> Tensor:
-        """Prior draws (N, D) by the loop, which is what the constructor can rely on."""
-        traces = [prior_trace(self._traced)[0] for _ in range(num_draws)]
-        return torch.stack([self._structure.pack_trace(trace, self.dtype) for trace in traces])
-
-    def _check_deterministic(self, reference: Reference) -> None:
-        with torch.no_grad(), isolated_rng(1):
-            again = self._reference_value(reference.z[:1])
-        self.verification_evaluations.values += 1
-        if not torch.allclose(again, reference.value[:1], rtol=1e-5):
-            raise ModelRefusedError(
-                "the log density at one and the same point changes from call to call: the model draws random "
-                "numbers outside pyro.sample; make them a site or pass them in"
-            )
+        return score_by_loop(raw, self._structure, z)
 
     def _choose(self, reference: Reference) -> Batching:
         def blame(z: Tensor) -> str:
             return first_disagreement(self._traced, self._structure.constrain(z)[0], z.shape[0])
 
-        batching, self.batching_reasons = choose_batching(self._value, reference, blame)
-        tried = len(self.batching_reasons) + (not isinstance(batching, OneByOne))
+        batching, self.batching_reasons, tried = chosen_batching(self._value, reference, blame, stacklevel=4)
         self.verification_evaluations.values += tried * len(reference.z)
         self.verification_evaluations.scores += tried * len(reference.z)
-        if isinstance(batching, OneByOne):
-            warnings.warn(
-                "the model can only be evaluated one latent at a time, a hundred times slower or more; "
-                + "; ".join(self.batching_reasons),
-                PyroSMWarning,
-                stacklevel=3,
-            )
         return batching

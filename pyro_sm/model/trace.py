@@ -32,7 +32,7 @@ from pyro_sm.model.enumeration import EnumerateSites, FunctionalEnumMessenger, e
 from pyro_sm.model.transforms import bijection_onto
 
 BATCH_PLATE = "_pyro_sm_batch"
-_PRIOR_TRIES = 100
+_PRIOR_TRIES = 100  # draws of a prior before its support is taken to be missed always, and not by bad luck
 
 
 @contextmanager

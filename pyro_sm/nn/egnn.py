@@ -34,11 +34,13 @@ from pyro_sm.nn.mean_free import helmert
 from pyro_sm.nn.mlp import NoiseEmbedding, level_features
 from pyro_sm.nn.pieces import in_pieces
 
-_REACH = 4.0  # distances, scaled to unit size, that bumps can tell apart
+# Distances, scaled to unit size, that bumps can tell apart: of independent normal points one pair in fifty is farther
+# apart in two dimensions, one in twenty in three.
+_REACH = 4.0
 _SMALLEST = 1e-12  # squared distance of two particles in one place, whose gradient would be NaN
-_CONDITION_WIDTH = 32
+_CONDITION_WIDTH = 32  # twice the frequencies of the level, so that nothing of it is lost
 _NOTHING = -30.0  # smaller exponents make subnormal numbers, which slow a matrix product down fifty times
-# Messages of so many numbers at a time stay in the cache of a core.
+# Messages of so many numbers at a time, two megabytes in float32, stay in the cache of a core.
 _NUMBERS_IN_CACHE = 2**19
 
 

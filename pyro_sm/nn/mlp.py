@@ -29,6 +29,9 @@ from pyro_sm.nn.pieces import in_pieces
 
 # So many rows at a time: their activations stay in the cache of a core, and calls are still few enough not to count.
 _ROWS_IN_CACHE = 2048
+# Each latent has a network of its own, of this width, where there are more latents than a few, which the joint
+# network can tell apart. (Ten lies in a gap of the benchmark that it was chosen on: to be replaced by what a
+# validation loss says.)
 _FEW_LATENTS, _LATENT_WIDTH = 10, 16
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_sm.nn.pieces import in_pieces
 
-_NUMBERS_IN_CACHE = 2**16
+_NUMBERS_IN_CACHE = 2**16  # hidden numbers at a time, 256 kB in float32: several such tensors share the cache
 
 
 class PerLatent(nn.Module):

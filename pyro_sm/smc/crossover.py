@@ -34,8 +34,11 @@ class Crossover:
 
     Args:
         more_than: latents; with as few as these or fewer, modes differ in most of them, and halves of two modes lie
-            in none.
-        least_acceptance: an exchange that is accepted less often is the last: latents depend on each other.
+            in none. (Ten lies in a gap of the benchmark that it was chosen on: to be replaced by whether exchanges
+            are accepted.)
+        least_acceptance: an exchange that is accepted less often is the last: latents depend on each other. With one
+            in twenty accepted an exchange costs twenty evaluations a particle moved, more than moves that make as
+            much of a difference.
 
     Raises:
         ValueError: ``more_than`` < 1, as a single latent is all there is of a particle, or ``least_acceptance``

@@ -25,7 +25,7 @@ from pyro_sm.base import Density
 from pyro_sm.smc.metric import fisher_metric
 from pyro_sm.smc.moves import Chains, HamiltonianMove
 
-_RATE = 0.5  # of the step size's pursuit of its acceptance
+_RATE = 0.5  # of the step size's pursuit of its acceptance: one that is off by .3 changes it by a sixth a move
 
 
 class MovedDraws(NamedTuple):

@@ -32,11 +32,11 @@ from pyro_sm.smc.mixture_start import MixtureStart, NormalLaws
 from pyro_sm.smc.path import Start
 from pyro_sm.weights import effective_sample_size
 
-_MEMORY = 10
-_SUFFICIENT = 1e-4  # of the predicted gain: Armijo's condition
-_ARRIVED = 1e-3  # nats that the next step is predicted to gain
-_STILL_CLIMBING = 0.1  # nats to be gained yet: where an ascent was cut off is no mode
-_APART = 4.0  # squared distance of two modes, in widths
+_MEMORY = 10  # steps that make up the Hessian; L-BFGS is usually given 3 to 20
+_SUFFICIENT = 1e-4  # of the predicted gain: Armijo's condition, with the textbook's constant
+_ARRIVED = 1e-3  # nats that the next step is predicted to gain: √(2 · 1e-3) = .04 widths from the mode
+_STILL_CLIMBING = 0.1  # nats to be gained yet, .4 widths: where an ascent was cut off farther away is no mode
+_APART = 4.0  # squared distance of two modes, in widths: two equal normal laws have two modes from two widths on
 _NORMAL_IQR = 1.349  # interquartile range of N(0, 1)
 
 
@@ -152,11 +152,13 @@ class ModeSearch:
     """Settings of the search; :meth:`run` it on a density and a start.
 
     Args:
-        num_ascents: how many climb; a mode is found if one begins in its basin.
+        num_ascents: how many climb; a mode is found if one begins in its basin: with 512, one that holds 1 % of the
+            start is missed with a chance of .99^512 = .6 %.
         max_steps: of every ascent, each one density and one gradient evaluation per row.
-        max_modes: with more than these there is no use in a list.
+        max_modes: with more than these there is no use in a list: 512 ascents miss each of a hundred equal
+            basins with a chance of e^−5.
         max_dim: with more latents than these the modes are not looked for: each costs 4D gradients for its curvature.
-        start_share: ρ, in (0, 1).
+        start_share: ρ, in (0, 1): with a half, neither the start nor the modes cost more than log 2 = .7 nats.
         widening: ascents begin at the start's draws, this much farther from their median: else the basins in the
             tails of the start have few.
         min_effective_share: what the weights of the mixture must leave of draws for it to be used, in [0, 1].

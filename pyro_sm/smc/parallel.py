@@ -32,8 +32,8 @@ from pyro_sm.smc.mixing import effective_draws, split_rhat
 from pyro_sm.smc.moves import HamiltonianMove
 from pyro_sm.smc.path import AnnealingPath, Bridge, OnPath, Points, Start, width
 
-_FIRST_BETA = 0.01  # of a ladder that begins at 0, before it is adapted
-_SMALLEST_REJECTION = 1e-3  # keeps Λ rising where no swap was refused
+_FIRST_BETA = 0.01  # of a ladder that begins at 0, geometric from here on, before it is adapted
+_SMALLEST_REJECTION = 1e-3  # keeps Λ rising where no swap was refused; one in a thousand sweeps is not seen anyway
 
 
 class Rung(NamedTuple):

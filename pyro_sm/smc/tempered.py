@@ -116,8 +116,9 @@ class TemperedSMC:
         num_particles: N.
         num_moves: moves at every temperature.
         move: how to move.
-        effective_share: what the weights of a temperature step must leave of the particles, in (0, 1).
-        max_temperatures: a guard against densities that cannot be reached.
+        effective_share: what the weights of a temperature step must leave of the particles, in (0, 1). A half, as in
+            "Sequential Monte Carlo samplers": a step adds at most 1/N to the variance of log Z.
+        max_temperatures: a guard against densities that cannot be reached; far more than a path takes.
         crossover: when particles exchange latents, once at every temperature; None for never.
 
     Raises:

@@ -15,9 +15,9 @@ from torch.distributions import MultivariateNormal
 
 from pyro_sm import AutoDiffusion, GivenBase
 from pyro_sm.density import FunctionDensity, value_and_score
-from pyro_sm.diffusion import coupling as coupling_module
-from pyro_sm.diffusion.coupling import (
-    Coupling,
+from pyro_sm.diffusion import coupling_fit
+from pyro_sm.diffusion.coupling import Coupling
+from pyro_sm.diffusion.coupling_fit import (
     _climbed,
     _fisher_step,
     _log_scales,
@@ -224,7 +224,7 @@ def test_a_step_of_fisher_scoring_against_autograd(num_drivers):
 def test_climbing_is_row_by_row_and_never_down(monkeypatch):
     parts, x, h = random_parts(4, 2), normal(200, 4), normal(200, 2)
     before = parts.cost(x, h)
-    monkeypatch.setattr(coupling_module, "_AT_REST", -1.0)  # which is about all of them together
+    monkeypatch.setattr(coupling_fit, "_AT_REST", -1.0)  # which is about all of them together
     best, cost = _climbed(parts, x, h, 30)
     assert bool((cost < before).all())
     torch.testing.assert_close(cost, best.cost(x, h), **exact)
@@ -307,6 +307,18 @@ def test_more_must_be_saved_than_is_asked_for():
     gain = entropy(z, None) - entropy(z, fit_coupling(z))
     assert fit_coupling(z, min_gain=0.9 * gain) is not None
     assert fit_coupling(z, min_gain=1.1 * gain) is None
+
+
+def test_each_parameter_must_save_one_over_the_number_of_draws():
+    """Beside ``min_gain``: four of each latent, ``c, a_0, y, κ``, and two of each driven one for its driver."""
+    dim, count = 3, 80
+    z = Funnel(dim).sample(count, torch.Generator().manual_seed(3)).double()
+    low, high = 0.0, 20.0  # gains that are asked for, met and not
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit_coupling(z, min_gain=middle) is not None else (low, middle)
+    saved = entropy(z, None) - entropy(z, fit_coupling(z, min_gain=low))
+    assert (saved - low) * count == pytest.approx(4 * dim + 2 * (dim - 1), abs=3)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +434,7 @@ def test_a_hierarchy_of_normals_has_two_drivers_and_every_latent_its_data(monkey
     torch.testing.assert_close(coupling.centre[2:], coupling.centre[0].expand(8), rtol=0, atol=0.3)
     torch.testing.assert_close(coupling.log_scale[2:], coupling.centre[1].expand(8), rtol=0, atol=0.15)
     # Without a likelihood of their own, or straight:
-    monkeypatch.setattr(coupling_module, "_STARTS", (-39.0, -39.0))
+    monkeypatch.setattr(coupling_fit, "_STARTS", (-39.0, -39.0))
     bare = fit_coupling(z)
     assert bool((bare.log_precision[bare.driven > 0] < -20).all())
     assert entropy(z, bare) > entropy(z, coupling) + 0.05
@@ -444,7 +456,7 @@ def test_a_likelihood_of_its_own_is_worth_much_where_the_scale_spans_it(monkeypa
     assert entropy(z, found) == pytest.approx(entropy(z, true), abs=0.05)
     torch.testing.assert_close(found.log_precision[2:], true.log_precision[2:], rtol=0, atol=0.3)
     torch.testing.assert_close(found.data[2:], true.data[2:], rtol=0, atol=1.0)
-    monkeypatch.setattr(coupling_module, "_STARTS", (-39.0, -39.0))
+    monkeypatch.setattr(coupling_fit, "_STARTS", (-39.0, -39.0))
     bare = fit_coupling(z)
     assert bool((bare.log_precision[bare.driven > 0] < -20).all())
     assert entropy(z, bare) > entropy(z, true) + 1.5
@@ -480,7 +492,7 @@ def test_a_refit_is_at_the_maximum_of_the_likelihood(monkeypatch):
     assert bool((after < before - 0.1).all())
     assert float(steep.abs().max()) > 0.5
     assert float(flat.abs().max()) < 0.05
-    monkeypatch.setattr(coupling_module, "_AT_REST", -1.0)
+    monkeypatch.setattr(coupling_fit, "_AT_REST", -1.0)
     parts, driven = parts_of(found)
     _, least = _climbed(parts, other[:, driven], (other - found.centre)[:, ~driven], 100)
     assert float((after - least).max()) < 0.01

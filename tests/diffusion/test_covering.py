@@ -8,7 +8,7 @@ import torch
 from oracles import BASE_LOC, BASE_TRIL, LOG_Z, Mixture, density_of, process_of, random_network, two_modes
 from torch.distributions import MultivariateNormal
 
-from pyro_sm.diffusion.covering import WideCovering, draw_with_covering, mixture_log_weight
+from pyro_sm.diffusion.covering import PriorCovering, WideCovering, draw_with_covering, mixture_log_weight
 from pyro_sm.diffusion.denoiser import Denoiser
 from pyro_sm.weights import evidence
 
@@ -217,3 +217,11 @@ def test_the_evidence_is_unbiased_for_a_random_guide_too():
     torch.testing.assert_close(draws.log_weight, weight, rtol=1e-9, atol=1e-9)
     wrong = evidence(mixture_log_weight(log_p, log_ratio, log_wide + process.log_det(z), 0.4))
     assert abs(wrong.log_evidence - LOG_Z) > 10 * wrong.log_evidence_se
+
+
+def test_a_tenth_of_the_draws_looks_elsewhere_unless_told_otherwise():
+    process = lost_mode()
+    for covering, expected in ((WideCovering(), 900), (WideCovering(share=0.25), 750)):
+        draws, num_guide = draw_with_covering(process, density_of(process, BOTH), covering, 1000)
+        assert (len(draws.z), num_guide) == (1000, expected)
+    assert PriorCovering().share == WideCovering().share

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_sm import AutoDiffusion, BatchAndMatchBase, GivenBase, LaplaceBase, ModelDensity, PriorBase, PyroSMWarning
 from pyro_sm.density import FunctionDensity
+from pyro_sm.gaussians.batch_and_match import BatchAndMatchFit, Gaussian
 from pyro_sm.gaussians.gaussian import fits, moments_of
 from pyro_sm.gaussians.laplace import Laplace
 from pyro_sm.nn.mlp import MLP
@@ -301,3 +302,44 @@ def test_a_base_that_fits_is_left_alone():
     u[:, 1] = u[:, 0] + 0.1 * u[:, 1]
     assert float(u.std(0).min()) > 0.9
     assert not fits(u)
+
+
+@pytest.mark.parametrize(("dim", "factor"), [(3, 1.2), (10, 1.2), (16, 1.125), (40, 1.05)])
+def test_how_much_wider_than_its_fit_a_matched_base_is(dim, factor):
+    """A fifth in up to ten latents, and then less, so that it costs two nats at most."""
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, torch.arange(1.0, dim + 1)).to_event(1))
+
+    density, found = ModelDensity(model), []
+    for inflate in (1.0, None):
+        torch.manual_seed(0)
+        found.append(BatchAndMatchBase(num_batches=4, inflate=inflate).fit(density).scale_tril)
+    torch.testing.assert_close(found[1], factor * found[0])
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(20, None), (200, None), (201, 14)])
+def test_a_matched_base_is_full_in_up_to_two_hundred_latents_and_is_matched_to_many_scores(monkeypatch, dim, rank):
+    """To four times as many as latents, or 128."""
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, torch.ones(dim)).to_event(1))
+
+    starts, sizes = [], []
+
+    def batch_and_match(density, start, **options):
+        starts.append(start)
+        return BatchAndMatchFit(start, torch.zeros(1), torch.zeros(1), 0)
+
+    def match_to_rest(density, start, *, batch_size):
+        sizes.append(batch_size)
+        return start
+
+    monkeypatch.setattr("pyro_sm.guides.bases.batch_and_match", batch_and_match)
+    monkeypatch.setattr("pyro_sm.guides.bases.match_to_rest", match_to_rest)
+    monkeypatch.setattr("pyro_sm.guides.bases.start_at_mode", lambda density, start, batch_size: start)
+    BatchAndMatchBase().fit(ModelDensity(model))
+    (start,) = starts
+    assert isinstance(start, Gaussian) == (rank is None)
+    assert rank is None or start.factor.shape == (dim, rank)
+    assert sizes == [max(4 * dim, 128)]

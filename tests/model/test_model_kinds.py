@@ -571,6 +571,8 @@ def test_many_masked_latents_are_remarked_upon():
 
     with pytest.warns(PyroSMWarning, match=r"39 values of the latent site 'y_unobserved'.*a site of their own"):
         ModelDensity(model, (y, seen))
+    with pytest.warns(PyroSMWarning, match="10 values"):
+        ModelDensity(model, (y, torch.arange(40) < 10))
     assert ModelDensity(model, (y, torch.arange(40) < 9)).dim == 41  # without a word
 
 

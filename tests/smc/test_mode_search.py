@@ -94,6 +94,18 @@ def test_where_an_ascent_was_cut_off_is_no_mode():
     assert short is None or float(torch.cdist(short.loc, LOC).min(1).values.max()) < 0.5
 
 
+@pytest.mark.parametrize(("apart", "count"), [(1.2, 1), (1.4, 2), (1.9, 2)])
+def test_modes_are_two_where_they_are_two_of_their_own_widths_apart(apart, count):
+    """Of two normal laws of unit width at ``±apart``: where these overlap, the modes are wider than that."""
+
+    def overlapping(z):
+        sides = torch.stack([-0.5 * (z[..., 0] - apart).square(), -0.5 * (z[..., 0] + apart).square() - 0.2])
+        return torch.logsumexp(sides, 0) - 0.5 * z[..., 1].square()
+
+    modes = ModeSearch(num_ascents=64).find(FunctionDensity(overlapping, 2), wide(dtype=torch.float32)).modes
+    assert len(modes.loc) == count
+
+
 def test_modes_of_a_mixture_are_found_and_fit():
     torch.manual_seed(4)
     density = FunctionDensity(log_prob, 2, dtype=torch.float64)

@@ -240,3 +240,9 @@ def test_dtype_and_seed(dtype):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         HamiltonianMove(**arguments)
+
+
+@pytest.mark.parametrize(("acceptance", "factor"), [(0.65, 1.0), (1.0, math.exp(0.35)), (0.0, math.exp(-0.65))])
+def test_step_sizes_rest_where_sixty_five_percent_are_accepted(acceptance, factor):
+    found = HamiltonianMove().adapted(torch.tensor(0.3, dtype=torch.float64), torch.tensor(acceptance))
+    assert float(found) == pytest.approx(0.3 * factor, rel=1e-6)

@@ -24,6 +24,7 @@ import torch
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
 
+from pyro_sm.base import Arguments
 from pyro_sm.bench.batching_models import eight_schools, hierarchical_logistic
 from pyro_sm.bench.problem import Problem, from_target
 from pyro_sm.bench.rows import Row, add_out, run_all
@@ -68,8 +69,8 @@ def measure(name: str, num_draws: int, *, repeats: int = REPEATS, num_steps: int
     pyro.clear_param_store()
     guide = _guide(problem, num_steps)
     step, batch_size = _training_step(problem, guide, repeats)
-    density = guide.density(model, args, {})
-    process = guide.diffusion(args, {})
+    bound = guide.bind(model, *args)
+    density, process = bound.density, bound.diffusion()
     with torch.no_grad():
         z, _ = process.draw(num_draws)
         row: Row = {
@@ -79,7 +80,7 @@ def measure(name: str, num_draws: int, *, repeats: int = REPEATS, num_steps: int
             "score": 1e6 * fastest(lambda: density.log_prob_and_score(z), repeats) / num_draws,
             "draw": 1e6 * fastest(lambda: process.draw(num_draws), repeats) / num_draws,
             "point": 1e6 * step / batch_size,
-            "weighted": fastest(lambda: guide.draw_weighted(density, num_draws, args), repeats),
+            "weighted": fastest(lambda: guide.draw_weighted(density, num_draws, Arguments(args)), repeats),
         }
     pyro.clear_param_store()
     return row | (_compiled(problem, num_draws, repeats, num_steps) if compile else {})
@@ -99,13 +100,13 @@ def _compiled(problem: Problem, num_draws: int, repeats: int, num_steps: int) ->
     guide = _guide(problem, num_steps, compile=True)
     guide(*problem.args)  # sets it up
     started = time.perf_counter()
-    network = guide.diffusion(problem.args).denoiser.network
+    network = guide.diffusion(Arguments(problem.args)).denoiser.network
     for levels, learns in ((_ROWS, True), (1, False)):  # those of a training step, and of draws
         with torch.set_grad_enabled(learns):
             network(torch.zeros(_ROWS, guide.latent_dim), torch.zeros(levels), None)
     seconds = time.perf_counter() - started
     step, batch_size = _training_step(problem, guide, repeats)
-    process = guide.diffusion(problem.args)
+    process = guide.diffusion(Arguments(problem.args))
     with torch.no_grad():
         draw = fastest(lambda: process.draw(num_draws), repeats)
     pyro.clear_param_store()
