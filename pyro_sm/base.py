@@ -218,7 +218,7 @@ class DiffusionProcess(Protocol):
         """The base moved to equally weighted latents (N, D); ``group`` (N,): the mode of each, if that is known."""
         ...
 
-    def straightened(self, z: Tensor, *, begin: bool = True) -> DiffusionProcess | None:
+    def noncentred(self, z: Tensor, *, begin: bool = True) -> DiffusionProcess | None:
         """In coordinates in which no latent drives the scale of another, if equally weighted latents (N, D) show that
         some do; None where nothing is to be changed. ``begin``: not only if such coordinates are in use."""
         ...

@@ -328,7 +328,7 @@ class DiffusionSampler:
             )
 
     def report(self) -> str:
-        """Evidence, weights and cost, a line each; straightened coordinates and the verdict, where there are any."""
+        """Evidence, weights and cost, a line each; non-centred coordinates and the verdict, where there are any."""
         lines = self._replicas.report(self.evidence, self.khat, self.ess)
         return lines if self._verdict is None else f"{lines}\n{self._verdict}"
 

@@ -4,10 +4,10 @@
 import torch
 
 
-def straighten(guide, z, *, begin=True):
+def noncentre(guide, z, *, begin=True):
     """Straighten a funnel that latents ``z`` (N, D) show; whether anything was changed."""
     with torch.no_grad():
-        process = guide.diffusion().straightened(z, begin=begin)
+        process = guide.diffusion().noncentred(z, begin=begin)
         if process is not None:
             guide.adapt(process)
     return process is not None

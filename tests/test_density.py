@@ -23,9 +23,9 @@ def banana(z):
 
 def banana_score(z):
     a, b, c = z.unbind(-1)
-    bend = 4 * (b - 0.3 * a**2)
+    to_centred = 4 * (b - 0.3 * a**2)
     wave = 0.4 * torch.cos(c * a)
-    return torch.stack([-a / 4 + 0.6 * a * bend + c * wave, -bend, a * wave], -1)
+    return torch.stack([-a / 4 + 0.6 * a * to_centred + c * wave, -to_centred, a * wave], -1)
 
 
 def points(n=11):

@@ -799,7 +799,7 @@ def test_a_funnel_is_straightened_and_sampled(monkeypatch):
     process = sampler.guide.diffusion()
     assert process.coupling.drivers().tolist() == [True, False, False, False, False]
     assert sampler.guide.drivers() == ["x[0]"]
-    assert sampler.report().endswith("coordinates   a funnel is straightened, driven by x[0]")
+    assert sampler.report().endswith("coordinates   non-centred: scales driven by x[0]")
     torch.testing.assert_close(process.coupling.slope[1:, 0], torch.full((4,), 0.5), rtol=0, atol=0.06)
     assert abs(sampler.log_evidence) < 5 * sampler.log_evidence_se
     assert sampler.log_evidence_se < 0.1

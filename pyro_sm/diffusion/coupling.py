@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""A coupling that straightens funnels: latents whose law follows other latents are standardised by it.
+r"""A coupling that non-centres funnels: latents whose law follows other latents are standardised by it.
 
 Of the latents ``z`` some *drive* the others: the log scale of a hierarchy, the variance of a funnel. Given drivers
 ``h``, each driven latent is taken to be normal, as in a hierarchy of normals: a prior whose mean and log scale are
@@ -8,7 +8,7 @@ linear in ``h``, times a likelihood of its own with precision ``κ`` about ``y``
     ``ℓ = c + C h``,   ``a = a_0 + B h``,   ``σ⁻² = e^{−2a} + κ``,   ``w = σ² e^{−2a}``,
     ``μ = w ℓ + (1 − w) y``,   ``z_i = μ_i(h) + σ_i(h) v_i``,   ``z_H = c_H + h``,   ``v_H = h``.
 
-Then ``v`` is the straightened latent: both ways are closed forms, and ``log|det ∂z/∂v| = Σ_i log σ_i``. It is a
+Then ``v`` is the non-centred latent: both ways are closed forms, and ``log|det ∂z/∂v| = Σ_i log σ_i``. It is a
 non-centred parametrisation where there are few data, a centred one where there are many, and the draws themselves say
 which. Matrices are (D, D): rows of drivers, and columns of the driven, are zero.
 
@@ -64,12 +64,12 @@ class Coupling(NamedTuple):
         loc, log_scale = self.centre + v @ self.shift.T, self.log_scale + v @ self.slope.T
         return driven_law(loc, log_scale, self.data, self.log_precision)
 
-    def bend(self, v: Tensor) -> Tensor:
-        """``z`` (B, D) for straightened latents ``v`` (B, D)."""
+    def to_centred(self, v: Tensor) -> Tensor:
+        """``z`` (B, D) for non-centred latents ``v`` (B, D)."""
         law = self._given(v)
         return torch.where(self.driven > 0, law.mean + torch.exp(law.log_sd) * v, self.centre + v)
 
-    def straighten(self, z: Tensor) -> Tensor:
+    def to_noncentred(self, z: Tensor) -> Tensor:
         """``v`` (B, D) for latents ``z`` (B, D)."""
         law = self._given(z - self.centre)
         return torch.where(self.driven > 0, (z - law.mean) * torch.exp(-law.log_sd), z - self.centre)
@@ -82,7 +82,7 @@ class Coupling(NamedTuple):
         """``log|det ∂z/∂v|`` (B,) at ``v`` (B, D), nats."""
         return (self._given(v).log_sd * self.driven).sum(-1)
 
-    def straight_score(self, v: Tensor, score: Tensor) -> Tensor:
+    def noncentred_score(self, v: Tensor, score: Tensor) -> Tensor:
         """``∇_v [log p(z(v)) + log|det|]`` (B, D) at ``v`` (B, D), from ``score = ∇_z log p`` (B, D)."""
         law = self._given(v)
         sd, w, own = torch.exp(law.log_sd), law.weight * self.driven, score * self.driven

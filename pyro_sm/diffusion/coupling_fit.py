@@ -8,7 +8,7 @@ likelihood of its own, and a row of parameters ``(c, C, a_0, B, y, log κ)``, ``
 
 brought down by damped Fisher scoring from two beginnings, little data and as much as prior, since it has local
 minima. Drivers are found one at a time: the first by the mean log likelihood (nats per draw) that a log scale linear
-in it would explain, the next also by correlation; each has to lower the entropy of the straightened draws by more
+in it would explain, the next also by correlation; each has to lower the entropy of the non-centred draws by more
 than its parameters would by chance. ``d`` parameters too many gain ``d / (2N)`` nats per draw on average (twice the
 log likelihood ratio is χ² with d degrees of freedom); twice that is asked for.
 
@@ -63,14 +63,14 @@ def _log_volume(x: Tensor) -> float:
 
 
 def entropy(z: Tensor, coupling: Coupling | None) -> float:
-    """Entropy (nats, less a constant) of the best normal law of straightened latents, for draws ``z`` (N, D).
+    """Entropy (nats, less a constant) of the best normal law of non-centred latents, for draws ``z`` (N, D).
 
     The lower, the better it fits: minus the mean log density of the draws under it.
     """
     if coupling is None:
         return _log_volume(z.double())
     coupling = Coupling(*(part.double() for part in coupling))
-    v = coupling.straighten(z.double())
+    v = coupling.to_noncentred(z.double())
     return _log_volume(v) + float(coupling.log_det(v).mean())
 
 
@@ -273,7 +273,7 @@ def _candidates(x: Tensor, gains: Tensor, best: Coupling | None, drivers: list[i
     total[drivers] = -1.0
     found = [int(j) for j in total.topk(min(1 if drivers else _FIRST, len(total))).indices if float(total[j]) > 0]
     if best is not None:
-        v = best.straighten(x)
+        v = best.to_noncentred(x)
         square = torch.corrcoef(v.T).square().nan_to_num()
         square.fill_diagonal_(0.0)
         linked = square.sum(1)

@@ -6,7 +6,7 @@ the scales of others, a coupling bends what the base gives: ``z = T(m + L u)`` (
 and densities are handed out for ``z``, so ``log|det ∂z/∂u|`` is already in them: ``log w = log p̃(z) + R``.
 
 A sampler is a value. What training changes beside the network is fitted to weighted draws by methods that return
-another one (:meth:`Diffusion.refitted`, :meth:`Diffusion.moved_to`, :meth:`Diffusion.straightened`); whoever holds
+another one (:meth:`Diffusion.refitted`, :meth:`Diffusion.moved_to`, :meth:`Diffusion.noncentred`); whoever holds
 the parameters takes it over.
 """
 
@@ -76,7 +76,7 @@ class Diffusion:
         """Noise-to-signal ratios of the kernels, (K+1,), the first of them 0."""
         return self.kernels.ratios
 
-    def _straight(self, u: Tensor) -> Tensor:
+    def _noncentred(self, u: Tensor) -> Tensor:
         """``m + L u``; (..., D) to (..., D)."""
         return self.base_loc + u @ self.base_scale_tril.T
 
@@ -85,17 +85,17 @@ class Diffusion:
         constant = self.base_scale_tril.diagonal().abs().log().sum()
         if self.coupling is None:
             return constant.expand(u.shape[0])
-        return constant + self.coupling.log_det(self._straight(u))
+        return constant + self.coupling.log_det(self._noncentred(u))
 
     def to_latent(self, u: Tensor) -> Tensor:
         """``T(m + L u)``; (..., D) to (..., D)."""
-        straight = self._straight(u)
-        return straight if self.coupling is None else self.coupling.bend(straight)
+        noncentred = self._noncentred(u)
+        return noncentred if self.coupling is None else self.coupling.to_centred(noncentred)
 
     def to_white(self, z: Tensor) -> Tensor:
         """``L⁻¹ (T⁻¹(z) − m)``; (B, D) to (B, D)."""
-        straight = z if self.coupling is None else self.coupling.straighten(z)
-        u = torch.linalg.solve_triangular(self.base_scale_tril, (straight - self.base_loc).T, upper=False).T
+        noncentred = z if self.coupling is None else self.coupling.to_noncentred(z)
+        u = torch.linalg.solve_triangular(self.base_scale_tril, (noncentred - self.base_loc).T, upper=False).T
         # Deep in the neck of a funnel, where a wide prior may draw, a latent's own scale underflows: far is far.
         return u if self.coupling is None else torch.nan_to_num(u, nan=0.0).clamp(-_FAR, _FAR)
 
@@ -149,7 +149,7 @@ class Diffusion:
     def white_score(self, u: Tensor, score: Tensor) -> Tensor:
         """``∇_u [log p(z(u)) + log|det ∂z/∂u|]`` (B, D) at ``u`` (B, D), from ``score = ∇_z log p`` (B, D)."""
         if self.coupling is not None:
-            score = self.coupling.straight_score(self._straight(u), score)
+            score = self.coupling.noncentred_score(self._noncentred(u), score)
         return score @ self.base_scale_tril
 
     def regression(self, target_mean: Tensor, y: Tensor, r: Tensor) -> Regression:
@@ -180,8 +180,8 @@ class Diffusion:
         """With a base that has the moments of equally weighted latents ``z`` (N, D); for a network that has not
         learned.
 
-        A base that is good enough for them stays. Where they show a funnel, it is straightened first
-        (:meth:`straightened`). Else, with a ``group`` (N,) for each of them, a mixture of normal laws at the groups
+        A base that is good enough for them stays. Where they show a funnel, it is non-centred first
+        (:meth:`noncentred`). Else, with a ``group`` (N,) for each of them, a mixture of normal laws at the groups
         becomes the anchor. The network's input and output are relative to all of these: what it has learned would
         mean something else.
         """
@@ -194,8 +194,8 @@ class Diffusion:
         anchor = fit_anchor(moved.to_white(z), group) if anchored and group is not None else None
         return replace(moved, denoiser=replace(moved.denoiser, anchor=anchor))
 
-    def straightened(self, z: Tensor, *, begin: bool = True) -> Diffusion | None:
-        """With coordinates that straighten what equally weighted latents ``z`` (N, D) show to be a funnel, or None.
+    def noncentred(self, z: Tensor, *, begin: bool = True) -> Diffusion | None:
+        """Non-centred, where equally weighted latents ``z`` (N, D) show a funnel, or None.
 
         They show one where some of them drive the scales of others (:mod:`pyro_sm.diffusion.coupling`), by so much
         that a Gaussian loses half a nat a draw by it. What the network has learned is then lost: it was about other
@@ -230,8 +230,8 @@ class Diffusion:
         return process if fits(process.to_white(z)) else self._on_base_of(z, followed)
 
     def _on_base_of(self, z: Tensor, coupling: Coupling | None) -> Diffusion:
-        """With the base at the moments of latents ``z`` (N, D), straightened; kernels as at first."""
-        straight = z if coupling is None else coupling.straighten(z)
-        loc, scale_tril = moments_of(straight, isotropic=self.isotropic)
+        """With the base at the moments of latents ``z`` (N, D), non-centred; kernels as at first."""
+        noncentred = z if coupling is None else coupling.to_noncentred(z)
+        loc, scale_tril = moments_of(noncentred, isotropic=self.isotropic)
         kernels = gaussian_kernels(self.ratios, len(loc))
         return replace(self, base_loc=loc, base_scale_tril=scale_tril, kernels=kernels, coupling=coupling)

@@ -9,7 +9,7 @@ All parameters live in the param store under the guide's name, so that ``param_s
 (``guides/parameters.py``): ``network_weights`` (the whole network as one vector, ``nn/bound.py``), ``base_loc``,
 ``base_scale_tril``, ``start_loc``, ``log_start_scale``, ``log_variance_factor`` and ``ratios``. A reverse-KL
 objective (``Trace_ELBO``) trains all but the last by gradient; score matching trains the network, and refits the last
-four. A guide that was moved to several modes also has an ``anchor_…``, and one that has straightened a funnel a
+four. A guide that was moved to several modes also has an ``anchor_…``, and one that has non-centred a funnel a
 ``coupling_…``, which nothing trains. What is fitted to draws is computed by the sampler itself
 (``diffusion/diffusion.py``), as a new value; the guide only takes it over (:meth:`AutoDiffusion.adapt`).
 """
@@ -284,7 +284,7 @@ class AutoDiffusion(LatentGuide):
                     parameters.drop(self, names)
 
     def drivers(self) -> list[str]:
-        """The latents, ``site`` or ``site[index]``, that the others are straightened by; none without a coupling."""
+        """The latents, ``site`` or ``site[index]``, that drive the scales of others; none without a coupling."""
         held = parameters.optional(self, _COUPLING)
         if held is None:
             return []

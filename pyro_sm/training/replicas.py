@@ -76,7 +76,7 @@ class Replicas:
         return sum([*trained, *(trainer.drawn for trainer in self.trainers)], Evaluations())
 
     def report(self, estimate: Evidence, khat: float, ess: float) -> str:
-        """Evidence (nats), weights and cost, a line each; straightened coordinates, where there are any."""
+        """Evidence (nats), weights and cost, a line each; non-centred coordinates, where there are any."""
         first, counted = self.trainers[0], self.counted()
         rounds = sum(len(trainer.history) for trainer in self.trainers)
         seconds = sum(trainer.history[-1].seconds for trainer in self.trainers)
@@ -87,7 +87,7 @@ class Replicas:
             f"evaluations ({first.density.batching_method}), {rounds} rounds, {seconds:.0f} s of training"
         )
         if first.guide.drivers():
-            lines += f"\ncoordinates   a funnel is straightened, driven by {', '.join(first.guide.drivers())}"
+            lines += f"\ncoordinates   non-centred: scales driven by {', '.join(first.guide.drivers())}"
         return lines
 
     def save(self, path: str | os.PathLike[str]) -> None:

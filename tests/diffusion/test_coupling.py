@@ -9,7 +9,7 @@ import pickle
 import pyro
 import pytest
 import torch
-from adapting import move, straighten
+from adapting import move, noncentre
 from oracles import Mixture, random_network, zero_network
 from torch.distributions import MultivariateNormal
 
@@ -79,17 +79,17 @@ def random_coupling(dim, drivers):
 def test_both_ways_and_their_derivatives(dim, drivers):
     coupling = random_coupling(dim, drivers)
     v = normal(7, dim)
-    z = coupling.bend(v)
-    torch.testing.assert_close(coupling.straighten(z), v, **exact)
-    torch.testing.assert_close(coupling.bend(coupling.straighten(v)), v, **exact)
+    z = coupling.to_centred(v)
+    torch.testing.assert_close(coupling.to_noncentred(z), v, **exact)
+    torch.testing.assert_close(coupling.to_centred(coupling.to_noncentred(v)), v, **exact)
     assert coupling.drivers().nonzero().flatten().tolist() == drivers
     for row, found in zip(v, coupling.log_det(v), strict=True):
-        jacobian = torch.autograd.functional.jacobian(lambda x: coupling.bend(x[None])[0], row)
+        jacobian = torch.autograd.functional.jacobian(lambda x: coupling.to_centred(x[None])[0], row)
         torch.testing.assert_close(found, torch.linalg.slogdet(jacobian)[1], **exact)
     law = MultivariateNormal(normal(dim), scale_tril=torch.eye(dim, **DOUBLE) + 0.3 * normal(dim, dim).tril(-1))
     _, score = value_and_score(law.log_prob, z)
-    _, expected = value_and_score(lambda x: law.log_prob(coupling.bend(x)) + coupling.log_det(x), v)
-    torch.testing.assert_close(coupling.straight_score(v, score), expected, **exact)
+    _, expected = value_and_score(lambda x: law.log_prob(coupling.to_centred(x)) + coupling.log_det(x), v)
+    torch.testing.assert_close(coupling.noncentred_score(v, score), expected, **exact)
 
 
 def test_a_latent_by_hand():
@@ -104,7 +104,7 @@ def test_a_latent_by_hand():
     prior_precision, precision = math.exp(-2 * (-0.2 + 0.3 * driver)), math.exp(0.7)
     mean = (prior_precision * (0.5 + 0.4 * driver) + precision * 1.5) / (prior_precision + precision)
     sd = 1 / math.sqrt(prior_precision + precision)
-    found = coupling.bend(torch.tensor([[driver, noise]], **DOUBLE))
+    found = coupling.to_centred(torch.tensor([[driver, noise]], **DOUBLE))
     torch.testing.assert_close(found, torch.tensor([[2.0 + driver, mean + sd * noise]], **DOUBLE), **exact)
     assert float(coupling.log_det(torch.tensor([[driver, noise]], **DOUBLE))) == pytest.approx(math.log(sd))
 
@@ -116,34 +116,34 @@ def test_without_a_likelihood_it_is_log_linear(log_precision):
     v, score, driven = normal(9, 5), normal(9, 5), coupling.driven > 0
     log_scale = torch.where(driven, coupling.log_scale + v @ coupling.slope.T, 0.0)
     z = coupling.centre + v @ coupling.shift.T + torch.exp(log_scale) * v
-    torch.testing.assert_close(coupling.bend(v), z, **exact)
-    torch.testing.assert_close(coupling.straighten(z), v, **exact)
+    torch.testing.assert_close(coupling.to_centred(v), z, **exact)
+    torch.testing.assert_close(coupling.to_noncentred(z), v, **exact)
     torch.testing.assert_close(coupling.log_det(v), log_scale.sum(-1), **exact)
     own = torch.exp(log_scale) * score
     by_log_scale = torch.where(driven, own * v + 1, 0.0)
     expected = own + by_log_scale @ coupling.slope + score @ coupling.shift
-    torch.testing.assert_close(coupling.straight_score(v, score), expected, **exact)
+    torch.testing.assert_close(coupling.noncentred_score(v, score), expected, **exact)
 
 
 def test_with_much_data_a_latent_follows_it_and_not_the_drivers():
     coupling = random_coupling(4, [1])
     coupling = coupling._replace(log_precision=torch.full((4,), 40.0, **DOUBLE))
     v, score, driven = normal(9, 4), normal(9, 4), coupling.driven > 0
-    z = coupling.bend(v)
+    z = coupling.to_centred(v)
     torch.testing.assert_close(z[:, driven], coupling.data[driven] + math.exp(-20) * v[:, driven], **exact)
     torch.testing.assert_close(z[:, 1], coupling.centre[1] + v[:, 1], **exact)
     torch.testing.assert_close(coupling.log_det(v), torch.full((9,), -60.0, **DOUBLE), **exact)
-    torch.testing.assert_close(coupling.straight_score(v, score)[:, 1], score[:, 1], **exact)
+    torch.testing.assert_close(coupling.noncentred_score(v, score)[:, 1], score[:, 1], **exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtypes_are_kept(dtype):
     coupling = fit_coupling(Funnel(4, dtype=dtype).sample(500))
     v = torch.randn(6, 4, dtype=dtype)
-    z = coupling.bend(v)
-    found = (*coupling, z, coupling.straighten(z), coupling.log_det(v), coupling.straight_score(v, z))
+    z = coupling.to_centred(v)
+    found = (*coupling, z, coupling.to_noncentred(z), coupling.log_det(v), coupling.noncentred_score(v, z))
     assert {x.dtype for x in found} == {dtype}
-    torch.testing.assert_close(coupling.straighten(z), v, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(coupling.to_noncentred(z), v, rtol=1e-4, atol=1e-4)
 
 
 def test_entropy_by_hand():
@@ -151,13 +151,13 @@ def test_entropy_by_hand():
     v = LOC + normal(400, 3) @ TRIL.T
     covariance = torch.cov(v.T, correction=0)
     assert entropy(v, None) == pytest.approx(0.5 * float(torch.logdet(covariance)), abs=1e-9)
-    bent = BENT.bend(v)
+    bent = BENT.to_centred(v)
     log_sd = 0.2 + 0.5 * v[:, 1] - 0.5 * torch.log(torch.exp(0.2 - 0.8 * v[:, 1]) + math.exp(-1))
     expected = 0.5 * float(torch.logdet(covariance)) + float(log_sd.mean())
     assert entropy(bent, BENT) == pytest.approx(expected, abs=1e-9)
     # A minus mean log density, to a constant: of the bent law lower than of the best that does not bend.
     law = MultivariateNormal(v.mean(0), covariance)
-    log_q = law.log_prob(BENT.straighten(bent)) - BENT.log_det(v)
+    log_q = law.log_prob(BENT.to_noncentred(bent)) - BENT.log_det(v)
     assert entropy(bent, BENT) == pytest.approx(-float(log_q.mean()) - 1.5 * (1 + math.log(2 * math.pi)), abs=1e-9)
     assert entropy(bent, None) > entropy(bent, BENT)
 
@@ -248,19 +248,19 @@ def test_the_driver_of_a_funnel_and_its_slope(seed, cut):
     assert bool((coupling.slope[0] == 0).all())
     assert bool((coupling.shift[0] == 0).all())
     assert coupling.driven.tolist() == [0] + 9 * [1]
-    v = coupling.straighten(z)
+    v = coupling.to_noncentred(z)
     torch.testing.assert_close(v[:, 1:].std(0), torch.ones(9), rtol=0, atol=0.02)
     assert entropy(z, coupling) < entropy(z, None) - 5
 
 
 def test_a_shifted_driven_mean_is_found():
     v = normal(6000, 3) * torch.tensor([1.0, 2.0, 0.5], **DOUBLE)
-    coupling = fit_coupling(PLAIN.bend(v), min_gain=0.2)
+    coupling = fit_coupling(PLAIN.to_centred(v), min_gain=0.2)
     assert coupling.drivers().tolist() == [False, True, False]
     torch.testing.assert_close(coupling.slope, PLAIN.slope, rtol=0, atol=0.03)
     # The driven are of unit size once straightened.
     torch.testing.assert_close(
-        coupling.straighten(PLAIN.bend(v))[:, ::2].std(0), torch.ones(2, **DOUBLE), rtol=0, atol=1e-2
+        coupling.to_noncentred(PLAIN.to_centred(v))[:, ::2].std(0), torch.ones(2, **DOUBLE), rtol=0, atol=1e-2
     )
     # The driver's own centre is the draws' mean; means of the others and slopes are about it.
     torch.testing.assert_close(coupling.shift, PLAIN.shift, rtol=0, atol=0.06)
@@ -282,7 +282,7 @@ def test_it_does_not_matter_where_the_driver_is_nor_in_which_units():
     gain = entropy(z, None) - entropy(z, plain)
     moved = loc + scale * z
     own = torch.where(plain.driven > 0, 1.0, scale)  # drivers keep their size
-    torch.testing.assert_close(units.straighten(moved), own * plain.straighten(z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(units.to_noncentred(moved), own * plain.to_noncentred(z), rtol=1e-5, atol=1e-5)
     assert entropy(moved, None) - entropy(moved, units) == pytest.approx(gain, rel=1e-6)
 
 
@@ -358,10 +358,10 @@ def test_constant_latents(dtype):
     funnel[:, 2] = 3.0
     coupling = fit_coupling(funnel)
     assert coupling.drivers().nonzero().flatten().tolist() == [0]
-    v = coupling.straighten(funnel)
+    v = coupling.to_noncentred(funnel)
     assert bool(torch.isfinite(v).all())
-    torch.testing.assert_close(coupling.bend(v), funnel, rtol=1e-5, atol=1e-5)
-    assert bool(torch.isfinite(coupling.straight_score(v, torch.ones_like(v))).all())
+    torch.testing.assert_close(coupling.to_centred(v), funnel, rtol=1e-5, atol=1e-5)
+    assert bool(torch.isfinite(coupling.noncentred_score(v, torch.ones_like(v))).all())
 
 
 # ------------------------------------------------------------------------------- hierarchies of normals
@@ -450,7 +450,7 @@ def test_a_likelihood_of_its_own_is_worth_much_where_the_scale_spans_it(monkeypa
     true = Coupling(ones, zero, shift, zero, slope, torch.linspace(-2, 2, 10, **DOUBLE), zero + math.log(0.05))
     v = normal(2048, 10)
     v[:, 1] *= 3
-    z = true.bend(v)
+    z = true.to_centred(v)
     found = fit_coupling(z)
     assert found.drivers().tolist() == BOTH
     assert entropy(z, found) == pytest.approx(entropy(z, true), abs=0.05)
@@ -541,7 +541,7 @@ def process_of(denoiser, coupling=BENT, **kernels):
 
 
 def bent_base(z):
-    v = BENT.straighten(z)
+    v = BENT.to_noncentred(z)
     return MultivariateNormal(LOC, scale_tril=TRIL).log_prob(v) - BENT.log_det(v)
 
 
@@ -561,7 +561,7 @@ def density_of(law, log_z=LOG_Z):
     """``Z`` times the law bent, by hand."""
 
     def log_prob(z):
-        v = BENT.straighten(z)
+        v = BENT.to_noncentred(z)
         u = torch.linalg.solve_triangular(TRIL, (v - LOC).T, upper=False).T
         return log_z + law.log_prob(u) - BENT.log_det(v) - TRIL.diagonal().log().sum()
 
@@ -572,7 +572,7 @@ def test_maps_of_a_bent_diffusion():
     process = process_of(Denoiser(zero_network(3)))
     u = normal(6, 3)
     z = process.to_latent(u)
-    torch.testing.assert_close(z, BENT.bend(LOC + u @ TRIL.T), **exact)
+    torch.testing.assert_close(z, BENT.to_centred(LOC + u @ TRIL.T), **exact)
     torch.testing.assert_close(process.to_white(z), u, **exact)
     for row, found in zip(u, process.log_det(u), strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda x: process.to_latent(x[None])[0], row)
@@ -625,7 +625,7 @@ def test_the_evidence_is_unbiased_for_a_random_network():
     found = evidence(density.log_prob(z) + log_ratio)
     assert abs(found.log_evidence - LOG_Z) < 5 * found.log_evidence_se
     # The coupling's log|det| forgotten.
-    forgotten = log_ratio - BENT.log_det(BENT.straighten(z))
+    forgotten = log_ratio - BENT.log_det(BENT.to_noncentred(z))
     wrong = evidence(density.log_prob(z) + forgotten)
     assert abs(wrong.log_evidence - LOG_Z) > 10 * wrong.log_evidence_se
 
@@ -670,7 +670,7 @@ def test_the_bent_wide_component_is_normalised_and_is_what_it_draws():
     wide = WideCovering(0.2, 1.7)
     z, log_b_there = wide.draw(process, density, 100_000)
     torch.testing.assert_close(log_b_there, wide.log_prob(process, density, z), rtol=1e-9, atol=1e-9)
-    v = BENT.straighten(z)
+    v = BENT.to_noncentred(z)
     torch.testing.assert_close(torch.cov(v.T), 1.7**2 * TRIL @ TRIL.T, rtol=0.03, atol=0.05)
     # ∫ b = 1 by draws of the base, twice as wide again.
     u = 2.5 * normal(100_000, 3)
@@ -679,7 +679,7 @@ def test_the_bent_wide_component_is_normalised_and_is_what_it_draws():
     log_b = wide.log_prob(process, density, there)
     weight = torch.exp(log_b + process.log_det(u) - log_q)
     assert abs(float(weight.mean()) - 1) < 5 * float(weight.std()) / math.sqrt(100_000)
-    wrong = weight * torch.exp(BENT.log_det(BENT.straighten(there)))  # forgotten in the density
+    wrong = weight * torch.exp(BENT.log_det(BENT.to_noncentred(there)))  # forgotten in the density
     assert abs(float(wrong.mean()) - 1) > 10 * float(wrong.std()) / math.sqrt(100_000)
 
 
@@ -760,10 +760,10 @@ def test_a_funnel_is_straightened_and_the_network_begins_anew():
     guide, z = taught(make_guide()), TARGET.sample(2000)
     with torch.no_grad():
         guide.log_variance_factor.add_(0.3)
-    assert not straighten(guide, z, begin=False)
+    assert not noncentre(guide, z, begin=False)
     assert not held(guide)
     assert bool((learned(guide) != 0).any())
-    assert straighten(guide, z)
+    assert noncentre(guide, z)
     process = guide.diffusion()
     for found, wanted in zip(process.coupling, fit_coupling(z), strict=True):
         assert torch.equal(found, wanted)
@@ -783,15 +783,15 @@ def test_a_funnel_is_straightened_and_the_network_begins_anew():
 
 def test_a_held_coupling_follows_and_the_network_stays():
     guide, z = make_guide(), TARGET.sample(2000)
-    straighten(guide, z)
+    noncentre(guide, z)
     taught(guide)
     before, said = held_coupling(guide), learned(guide)
     # About the same draws: not worth it.
-    assert not straighten(guide, TARGET.sample(2000))
+    assert not noncentre(guide, TARGET.sample(2000))
     assert all(torch.equal(one, other) for one, other in zip(guide.diffusion().coupling, before, strict=True))
     moved = z * torch.tensor([1.0, 4.0, 0.3, 1.0, 1.0]) * torch.exp(0.2 * z[:, :1]) + 3 * z[:, :1]
     moved[:, 0] = z[:, 0]
-    assert straighten(guide, moved, begin=False)
+    assert noncentre(guide, moved, begin=False)
     found = guide.diffusion().coupling
     for one, other in zip(found, refit_coupling(moved, before), strict=True):
         assert torch.equal(one, other)
@@ -803,10 +803,10 @@ def test_a_held_coupling_follows_and_the_network_stays():
 
 def test_draws_without_a_funnel_straighten_what_is_held():
     guide = make_guide()
-    straighten(guide, TARGET.sample(2000))
+    noncentre(guide, TARGET.sample(2000))
     taught(guide)
     said, plain = learned(guide), torch.randn(2000, 5)
-    assert straighten(guide, plain)
+    assert noncentre(guide, plain)
     assert float(guide.diffusion().coupling.slope.abs().max()) < 0.1
     assert torch.equal(learned(guide), said)
     assert fits(guide.diffusion().to_white(plain).detach())
@@ -832,7 +832,7 @@ def entropies(monkeypatch, **values):
 def test_what_a_coupling_must_save_to_be_followed_and_another_to_begin(monkeypatch, saved, follows, found, begin):
     """A tenth of a nat, and half a nat beyond what following gives."""
     guide = make_guide()
-    straighten(guide, TARGET.sample(2000))
+    noncentre(guide, TARGET.sample(2000))
     taught(guide)
     said, before = learned(guide), held_coupling(guide)
     values = {"held": 1.0, "followed": 1.0 - saved}
@@ -840,7 +840,7 @@ def test_what_a_coupling_must_save_to_be_followed_and_another_to_begin(monkeypat
         values["found"] = 1.0 - saved - found
     made = entropies(monkeypatch, **values)
     begins = begin and found == 0.55
-    assert straighten(guide, TARGET.sample(2000), begin=begin) is (begins or follows)
+    assert noncentre(guide, TARGET.sample(2000), begin=begin) is (begins or follows)
     now = guide.diffusion().coupling
     expected = made["found"] if begins else made["followed"] if follows else before
     assert all(torch.equal(one, other) for one, other in zip(now, expected, strict=True))
@@ -849,7 +849,7 @@ def test_what_a_coupling_must_save_to_be_followed_and_another_to_begin(monkeypat
 
 def test_a_base_that_still_fits_stays_when_a_coupling_follows(monkeypatch):
     guide, z = make_guide(), TARGET.sample(2000)
-    straighten(guide, z)
+    noncentre(guide, z)
     with torch.no_grad():
         guide.log_variance_factor.add_(0.3)
     base = guide.base_scale_tril.detach().clone()
@@ -859,12 +859,12 @@ def test_a_base_that_still_fits_stays_when_a_coupling_follows(monkeypatch):
     monkeypatch.setattr(place + "fit_coupling", lambda z: None)
     monkeypatch.setattr(place + "refit_coupling", lambda z, held: followed)
     monkeypatch.setattr(place + "entropy", lambda z, c: 0.5 if c is followed else 1.0)
-    assert straighten(guide, z)
+    assert noncentre(guide, z)
     assert torch.equal(guide.diffusion().coupling.log_scale, followed.log_scale)
     assert torch.equal(guide.base_scale_tril, base)
     torch.testing.assert_close(guide.log_variance_factor.detach(), torch.full_like(guide.log_variance_factor, 0.3))
     followed = first._replace(log_scale=first.log_scale - 2.0)
-    assert straighten(guide, z)
+    assert noncentre(guide, z)
     assert not torch.equal(guide.base_scale_tril, base)
     assert bool((guide.log_variance_factor == 0).all())
     u = guide.diffusion().to_white(z).detach()
@@ -873,9 +873,9 @@ def test_a_base_that_still_fits_stays_when_a_coupling_follows(monkeypatch):
 
 def test_other_drivers_are_other_coordinates():
     guide, z = make_guide(), TARGET.sample(2000)
-    straighten(guide, z)
+    noncentre(guide, z)
     taught(guide)
-    assert straighten(guide, z.flip(1))
+    assert noncentre(guide, z.flip(1))
     assert guide.diffusion().coupling.drivers().nonzero().flatten().tolist() == [4]
     assert bool((learned(guide) == 0).all())
 
@@ -886,7 +886,7 @@ def test_who_is_not_straightened():
     group = torch.arange(2000) % 2
     assert move(anchored, z + 50 * group[:, None], group)
     assert "anchor_loc_unconstrained" in anchored.state_dict()
-    assert not straighten(anchored, z)
+    assert not noncentre(anchored, z)
     assert not held(anchored)
     target = Funnel(4)
     model = factor_model(target.log_prob, 4)
@@ -894,12 +894,12 @@ def test_who_is_not_straightened():
         model, num_steps=8, architecture=EGNN(3, 2, width=8), base=GivenBase(0.0, 3.0), name="symmetric"
     )
     symmetric()
-    assert not straighten(symmetric, target.sample(2000))
+    assert not noncentre(symmetric, target.sample(2000))
     assert move(symmetric, target.sample(2000))
     assert not held(symmetric)
     # One guide for many data sets: each has a funnel of its own.
     shared = make_guide(name="shared", context=lambda: torch.zeros(2))
-    assert not straighten(shared, z)
+    assert not noncentre(shared, z)
     assert move(shared, z)
     assert not held(shared)
 
@@ -935,7 +935,7 @@ def test_a_population_in_a_funnel_gives_a_bent_base():
 def test_a_coupling_goes_wherever_the_guide_goes(tmp_path):
     guide, z = make_guide(), TARGET.sample(2000)
     plain_state = {name: value.clone() for name, value in guide.state_dict().items()}
-    straighten(guide, z)
+    noncentre(guide, z)
     expected = drawn(taught(guide))
     state = {name: value.clone() for name, value in guide.state_dict().items()}
     assert torch.equal(drawn(copy.deepcopy(guide)), expected)
@@ -982,7 +982,7 @@ def test_the_transform_of_a_bent_guide_is_a_bijection(float64):
         network_dtype=torch.float64,
     )
     guide()
-    assert straighten(guide, target.sample(2000))
+    assert noncentre(guide, target.sample(2000))
     with torch.no_grad():
         guide.network_weights.add_(0.02 * torch.randn_like(guide.network_weights))
         transform, x = guide.get_transform(), torch.randn(1, 3)

@@ -44,7 +44,7 @@ from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.objectives.importance_weighted import weightings
 from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round
-from pyro_sm.objectives.importance_weighted.weightings import PathWeights, draw_step_noise, lessons
+from pyro_sm.objectives.importance_weighted.weightings import PathWeights, draw_step_noise
 from pyro_sm.weights import effective_sample_size
 
 MANY = 150
@@ -226,7 +226,7 @@ def quadrature_buffer():
 
 def test_the_information_is_that_of_the_whitened_law():
     """``diag(Lᵀ Σ⁻¹ L)`` by quadrature; that of the latents themselves, or by the wrong factor, is another."""
-    made = lessons(correlated_process(TRIL), quadrature_buffer(), with_score=True)
+    made = training_points(correlated_process(TRIL), quadrature_buffer(), with_score=True)
     expected = (TRIL.T @ PRECISION @ TRIL).diagonal()
     torch.testing.assert_close(made.information, expected, rtol=1e-10, atol=1e-10)
     for wrong in (PRECISION.diagonal(), (TRIL @ PRECISION @ TRIL.T).diagonal()):
@@ -235,10 +235,10 @@ def test_the_information_is_that_of_the_whitened_law():
 
 def test_lessons_without_scores():
     buffer = quadrature_buffer()
-    made = lessons(correlated_process(TRIL), buffer, with_score=False)
+    made = training_points(correlated_process(TRIL), buffer, with_score=False)
     assert made[2:] == (None, None)
     bare = Buffer(tuple(r._replace(draws=r.draws._replace(score=None)) for r in buffer.rounds))
-    unknown = lessons(correlated_process(TRIL), bare, with_score=True)
+    unknown = training_points(correlated_process(TRIL), bare, with_score=True)
     assert unknown[2:] == (None, None)
 
 
@@ -249,7 +249,7 @@ def path_loss(buffer, tril, noise, weighting=None):
 
 def test_steps_on_one_buffer_share_what_is_made_of_it(monkeypatch):
     made = []
-    monkeypatch.setattr(weightings, "lessons", lambda *a, **k: made.append(1) or lessons(*a, **k))
+    monkeypatch.setattr(weightings, "training_points", lambda *a, **k: made.append(1) or training_points(*a, **k))
     buffer, noise = quadrature_buffer(), draw_step_noise(correlated_process(TRIL).ratios, 40, 2, 0)
     first = path_loss(buffer, TRIL, noise)
     assert torch.equal(path_loss(buffer, TRIL, noise), first)

@@ -63,14 +63,14 @@ def fit_by_sampler(problem: Problem, seed: int, budget: Budget) -> Fit:
     drawing = (time.process_time() - started - training) * min(1.0, budget.draws / max(usable, 1))
     z = resampled(draws, budget.draws, seed)
     verdict = sampler.check()
-    probed = sampler.probe_result
+    result = sampler.probe_result
     return Fit(
         by_site(problem.density(torch.float64), z),
         Cost(values, scores, training),
         Cost(budget.pool, 0, drawing),
         draws.log_weight,
         verdict=verdict.level.words,
-        probe=0 if probed is None else probed.evaluations.values,
+        probe=0 if result is None else result.evaluations.values,
         note=f"{len(sampler.history)} rounds",
     )
 

@@ -118,42 +118,42 @@ def reasons_without_probe(*, compared: bool) -> Iterator[Reason]:
         yield Reason(text, _LOOK, Trust.CARE)
 
 
-def measure_probe(pool: Tensor, probed: ProbeResult, log_weights: Sequence[Tensor]) -> ProbeFindings:
+def measure_probe(pool: Tensor, result: ProbeResult, log_weights: Sequence[Tensor]) -> ProbeFindings:
     """What the particles say of a guide, or of several replicas.
 
     Args:
         pool: log weights (N,) of the guide's draws, nats; those of equally long replicas one after the other.
-        probed: the particles.
+        result: the particles.
         log_weights: the log weights (M,) that the guide, or each replica, gives them; empty if they are not known.
             The worst counts.
     """
-    if probed.failure:
-        return ProbeFindings(probed.failure, probed.evaluations)
-    gap = EvidenceDifference.between(Evidence(probed.log_evidence, probed.log_evidence_se), evidence(pool))
+    if result.failure:
+        return ProbeFindings(result.failure, result.evaluations)
+    gap = EvidenceDifference.between(Evidence(result.log_evidence, result.log_evidence_se), evidence(pool))
     worst = None
     if log_weights:
         parts = pool.tensor_split(len(log_weights))
-        worst = max(unknown_share(part, probed, own) for part, own in zip(parts, log_weights, strict=True))
-    return ProbeFindings("", probed.evaluations, effective_particles(probed), worst, gap)
+        worst = max(unknown_share(part, result, own) for part, own in zip(parts, log_weights, strict=True))
+    return ProbeFindings("", result.evaluations, effective_particles(result), worst, gap)
 
 
-def effective_particles(probed: ProbeResult) -> float:
+def effective_particles(result: ProbeResult) -> float:
     """``M_eff``, the particles counted by lines of descent."""
-    return 1 / min(probed.log_evidence_se**2 + 1 / max(len(probed.z), 1), 1.0)
+    return 1 / min(result.log_evidence_se**2 + 1 / max(len(result.z), 1), 1.0)
 
 
-def unknown_share(pool: Tensor, probed: ProbeResult, log_weight: Tensor) -> Unknown:
+def unknown_share(pool: Tensor, result: ProbeResult, log_weight: Tensor) -> Unknown:
     """The unknown share, as at the head of this file.
 
     Args:
         pool: log weights (N,) of the guide's draws, nats, at least ten.
-        probed: the particles.
+        result: the particles.
         log_weight: (M,) the log weights that the guide gives them.
     """
     cut = torch.topk(pool.double(), min(_RANK, len(pool))).values[-1] + _MARGIN
     # A guide that is zero where the posterior is not gives +inf, or NaN after its own arithmetic.
     share = float((torch.nan_to_num(log_weight.double(), nan=math.inf) > cut).double().mean())
-    m = effective_particles(probed)
+    m = effective_particles(result)
     return Unknown(share, math.sqrt((share * (1 - share) + 1 / m) / m))
 
 

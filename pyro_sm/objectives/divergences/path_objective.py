@@ -103,7 +103,7 @@ class PathObjective(ScoreObjective):
         return density
 
     def _path(self, guide: Any, density: ModelDensity, arguments: Arguments, bound: Bound | None = None) -> Path:
-        """The guide as a map from noise, with its current parameters; a guide that is traced is probed only once."""
+        """The guide as a map from noise, with its current parameters; a guide that is traced is looked at once."""
         path = automatic_path(guide, density, arguments, bound)
         if path is not None:
             return path

@@ -33,7 +33,7 @@ from pyro_sm.weights import resample
 
 _POPULATION = Population()
 _REFIT_DRAWS = 2048  # resampled draws that moments are fitted to: their error is a few per cent of a scale
-_STRAIGHTENING = range(2, 13)  # rounds: before, there is little to see; after, too much to lose
+_NONCENTRING_ROUNDS = range(2, 13)  # rounds: before, there is little to see; after, too much to lose
 
 
 class TrainingState(NamedTuple):
@@ -168,16 +168,16 @@ class ImportanceWeightedScoreMatching(ScoreObjective):
     def refit(self, bound: Bound) -> None:
         """Refit the guide's coordinates and kernels to the buffer, resampled by its weights.
 
-        A funnel is straightened if the first rounds show one, and followed from then on.
+        A funnel is non-centred if the first rounds show one, and followed from then on.
         """
         buffer, rounds = self.state.buffer, len(self.state.history)
         if buffer.rounds:
             with torch.no_grad(), poutine.block():
                 index = resample(buffer.weights().log(), min(_REFIT_DRAWS, self.num_draws * len(buffer.rounds)))
                 z = buffer.latents()[index]
-                straightened = bound.diffusion().straightened(z, begin=rounds in _STRAIGHTENING)
-                if straightened is not None:
-                    bound.adapt(straightened)
+                noncentred = bound.diffusion().noncentred(z, begin=rounds in _NONCENTRING_ROUNDS)
+                if noncentred is not None:
+                    bound.adapt(noncentred)
                 bound.adapt(bound.diffusion().refitted(z))
 
     def _populate(self, bound: Bound, new: Round, go_on: Callable[[float], bool] | None) -> Populated | None:
@@ -196,7 +196,7 @@ class ImportanceWeightedScoreMatching(ScoreObjective):
                 if seeds is None:
                     return None
                 particles, mode = seeds
-                if settings.rebase and not process.is_trained(particles.z):
+                if settings.move_base and not process.is_trained(particles.z):
                     bound.adapt(process.moved_to(particles.z, mode))
                 return Populated(particles, density.evaluations.values - before)
             share = 1 - new.num_guide / len(new.draws.z)
@@ -251,11 +251,11 @@ class ImportanceWeightedScoreMatching(ScoreObjective):
         if particles is None or self.population is None:
             buffer = state.buffer.push(new, self.buffer_rounds)
         else:
-            taught = (
+            learned_from = (
                 new if new.gamma >= self.population.min_gamma else new._replace(weight=torch.zeros_like(new.weight))
             )
             keep = 2 * self.buffer_rounds
-            buffer = state.buffer.push(taught, keep).push(as_round(particles), keep)
+            buffer = state.buffer.push(learned_from, keep).push(as_round(particles), keep)
         history = (*state.history, info)
         return state._replace(buffer=buffer, steps=0, loss_sum=0.0, history=history, population=particles)
 

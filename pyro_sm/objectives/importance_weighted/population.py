@@ -96,7 +96,7 @@ class Population:
     min_khat: float = 8.0
     max_dim: int = 300
     min_gamma: float = 0.7
-    rebase: bool = True
+    move_base: bool = True
 
     def __post_init__(self) -> None:
         if min(self.num_particles, self.num_moves, self.max_dim) < 1:

@@ -128,7 +128,7 @@ def denoising_loss(
     return (error.square() - target.square() + _VARIANCE_WEIGHT * variance_term).mean(-1)
 
 
-class Lessons(NamedTuple):
+class TrainingPoints(NamedTuple):
     """What denoising needs of a buffer: training ``weight`` (M,) and whitened latents ``u`` (M, D).
 
     ``score``: (M, D), whitened; ``information``: (D,), of the law of ``u``; both None where they are not wanted, or
@@ -141,12 +141,12 @@ class Lessons(NamedTuple):
     information: Tensor | None
 
 
-def lessons(process: DiffusionProcess, buffer: Buffer, *, with_score: bool) -> Lessons:
+def training_points(process: DiffusionProcess, buffer: Buffer, *, with_score: bool) -> TrainingPoints:
     """All that does not change from step to step; made at every call, at a cost of ``O(M D²)``."""
     weight, u = buffer.weights(), process.to_white(buffer.latents())
     score = process.white_score(u, buffer.scores()) if with_score else None
     information = None if score is None else fisher_information(score, weight)
-    return Lessons(weight, u, None if information is None else score, information)
+    return TrainingPoints(weight, u, None if information is None else score, information)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class PathWeights:
             # A base is known by where it puts two latents; another objective may have moved it.
             base = process.to_white(buffer.rounds[-1].draws.z[:2]).flatten().tolist()
             made = buffer.once(
-                (self.target_score, *base), lambda: lessons(process, buffer, with_score=self.target_score)
+                (self.target_score, *base), lambda: training_points(process, buffer, with_score=self.target_score)
             )
             index = buffer.pick(made.weight, step.pick)
             u, known = made.u[index], None

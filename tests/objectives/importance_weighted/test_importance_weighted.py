@@ -25,6 +25,7 @@ from pyro_sm import (
     WideCovering,
 )
 from pyro_sm.base import Arguments, DiffusionGuide
+from pyro_sm.diffusion.diffusion import Diffusion
 from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.examples import eight_schools
 from pyro_sm.nn.mlp import MLP
@@ -278,20 +279,19 @@ def test_refit_follows_the_rounds():
 def test_a_coupling_may_begin_in_the_early_rounds_only(monkeypatch):
     """And is offered the buffer, resampled by its weights, before the kernels are refitted."""
     svi, _, objective = make_svi(steps_per_round=1)
-    calls, real = [], AutoDiffusion.refit
+    calls, real = [], Diffusion.refitted
 
-    def straighten(self, z, args=(), kwargs=None, *, begin=True):
+    def noncentred(self, z, *, begin=True):
         buffer = objective.state.buffer
         assert bool(torch.isin(z[:, 0], buffer.latents()[:, 0][buffer.weights() > 0]).all())
         calls.append((len(objective.history), begin, len(z)))
-        return False
 
-    def refit(self, z, args=(), kwargs=None):
+    def refitted(self, z):
         calls.append(len(z))
-        real(self, z, args, kwargs)
+        return real(self, z)
 
-    monkeypatch.setattr(AutoDiffusion, "straighten", straighten)
-    monkeypatch.setattr(AutoDiffusion, "refit", refit)
+    monkeypatch.setattr(Diffusion, "noncentred", noncentred)
+    monkeypatch.setattr(Diffusion, "refitted", refitted)
     for _ in range(16):
         svi.step(DATA)
     asked, refitted = calls[::2], calls[1::2]

@@ -156,7 +156,7 @@ def test_weights_beyond_use_bring_one_and_others_do_not():
 
 
 @pytest.mark.parametrize("rebase", [True, False])
-def test_the_first_step_already_sees_where_the_guide_has_moved(rebase):
+def test_the_first_step_already_sees_where_the_guide_has_moved(move_base):
     """The base is far too wide: it moves in the first round, and the two modes become an anchor."""
     seen = []
 
@@ -169,12 +169,12 @@ def test_the_first_step_already_sees_where_the_guide_has_moved(rebase):
         factor_model(log_prob, 2), base=GivenBase(0.0, 60.0), architecture=MLP(width=16, depth=1), num_steps=8,
         name="far",
     )  # fmt: skip
-    population = settings(256, rebase=rebase)
+    population = settings(256, move_base=move_base)
     objective = ImportanceWeightedScoreMatching(256, batch_size=64, population=population, weighting=Watching())
     objective.loss_and_grads(factor_model(log_prob, 2), guide)
     (process,) = seen
-    assert (float(process.base_scale_tril.detach().diagonal().max()) < 10) is rebase
-    assert (process.denoiser.anchor is not None) is rebase
+    assert (float(process.base_scale_tril.detach().diagonal().max()) < 10) is move_base
+    assert (process.denoiser.anchor is not None) is move_base
 
 
 def test_evaluations_are_counted():
