@@ -44,7 +44,7 @@ from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.nn.mlp import MLP
 from pyro_sm.objectives.importance_weighted import weightings
 from pyro_sm.objectives.importance_weighted.buffer import Buffer, Round
-from pyro_sm.objectives.importance_weighted.weightings import PathWeights, draw_step_noise
+from pyro_sm.objectives.importance_weighted.weightings import PathWeights, draw_step_noise, training_points
 from pyro_sm.weights import effective_sample_size
 
 MANY = 150
