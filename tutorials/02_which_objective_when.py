@@ -141,7 +141,7 @@ def two_modes():
 
 runs = {
     "FisherDivergence()": FisherDivergence(64),
-    "SteinDiscrepancy()": SteinDiscrepancy(num_particles=64),
+    "SteinDiscrepancy()": SteinDiscrepancy(num_draws=64),
     "FisherDivergence(sobolev=.5)": FisherDivergence(64, sobolev=0.5),
     "MixtureFisherDivergence()": MixtureFisherDivergence(128),
 }

@@ -133,7 +133,7 @@ print(bare.check())
 
 # %% [markdown]
 # No mode is lost, a tail is. With three times the evaluations it is there, since the guide notices that `v` drives
-# the scale of the others, and straightens the funnel; but a run that was stopped too early knows nothing of what it
+# the scale of the others, and non-centres the funnel; but a run that was stopped too early knows nothing of what it
 # has not reached. What helps at once is to say what one knows: the funnel is a *prior*, and a model that says so has
 # its draws for a covering component.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Rounds of weighted draws, and the replay buffer they go into.
 
-A round's draws come from ``sampling/defensive.py`` with weights ``w``, ``E[w] = Z``. They are used for training
+A round's draws come from ``diffusion/covering.py`` with weights ``w``, ``E[w] = Z``. They are used for training
 with damped weights ``w^γ``: γ is as large as a trust region on the effective sample size allows, and reaches 1 when
 the sampler fits.
 
