@@ -24,11 +24,11 @@ def stopping_within(budget: int | None) -> StoppingRule:
 
 def looked_elsewhere(verdict: Verdict) -> str:
     """What the probe behind a verdict took: a line for the foot of the report, which does not count it."""
-    found = verdict.findings
-    return (
-        f"probe         {found.probe_density_evaluations} density and {found.probe_gradient_evaluations} gradient "
-        "evaluations, on top of the cost above"
-    )
+    found = verdict.findings.probe
+    if found is None:
+        return "probe         none"
+    spent = found.evaluations
+    return f"probe         {spent.values} density and {spent.scores} gradient evaluations, on top of the cost above"
 
 
 def _write(sampler: DiffusionSampler, folder: Path, name: str, variables: Sequence[str]) -> Any:

@@ -327,10 +327,11 @@ class AutoDiffusion(LatentGuide):
             values = {name: state_dict[f"{name}_unconstrained"] for name in _PARAMETERS}
             dim, context_dim, aligned = state_dict["network_sizes"].tolist()
             network, held = self._build(dim, context_dim, aligned=bool(aligned)), values["network_weights"].numel()
-            if network.num_weights != held:
+            if network.num_weights != held or (context_dim > 0) != (self.context is not None):
                 raise ValueError(
-                    f"the state holds a network of {held} weights; {self.architecture} for {dim} latents has "
-                    f"{network.num_weights}: construct the guide with the architecture it was trained with"
+                    f"the state holds a network of {held} weights, for {dim} latents and a context of {context_dim} "
+                    f"entries; {self.architecture} for them has {network.num_weights}: construct the guide with the "
+                    "architecture it was trained with, and the context, if it had one"
                 )
             for name, value in values.items():
                 parameters.create(self, name, value.detach().clone())

@@ -76,12 +76,9 @@ def test_sample_writes_corrected_draws_and_says_what_they_are_worth(
     verdict = pyro_sm.check(idata)
     assert str(verdict) in printed
     assert idata.posterior.attrs["verdict"] == verdict.level.words == "trust"
-    found = verdict.findings
-    assert found.probe_density_evaluations > 2048
-    assert (
-        f"{found.probe_density_evaluations} density and {found.probe_gradient_evaluations} gradient "
-        "evaluations, on top" in printed
-    )
+    spent = verdict.findings.probe.evaluations
+    assert spent.values > 2048
+    assert f"{spent.values} density and {spent.scores} gradient evaluations, on top" in printed
     assert idata.posterior.attrs["density_evaluations"] == 6144 + 16_000  # training and draws: the probe is apart
 
 

@@ -140,7 +140,7 @@ def test_the_start_stays_where_modes_do_not_help(target, scale, settings):
 def test_with_too_many_latents_nothing_is_searched_or_spent():
     density, start = FunctionDensity(log_prob, 2, dtype=torch.float64), wide()
     calls = []
-    found = ModeSearch(max_dim=1).find(density, start, progress=lambda: calls.append(0))
+    found = ModeSearch(max_dim=1).find(density, start, go_on=lambda: calls.append(0) or True)
     assert found.start is start
     assert found.modes is None
     assert (density.evaluations.values, density.evaluations.scores, calls) == (0, 0, [])

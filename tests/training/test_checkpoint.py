@@ -152,13 +152,13 @@ def test_foreign_files(path):
     with pytest.raises(CheckpointError, match="is damaged or not a checkpoint"):
         read_checkpoint(path)
     torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match=r"not a pyro_sm checkpoint of format 1 \(found list\)"):
+    with pytest.raises(CheckpointError, match=r"not a pyro_sm checkpoint of format 2 \(found list\)"):
         read_checkpoint(path)
     torch.save({"model": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match=r"\(found None\)"):
         read_checkpoint(path)
     torch.save({"format": FORMAT + 1}, path)
-    with pytest.raises(CheckpointError, match=r"\(found 2\)"):
+    with pytest.raises(CheckpointError, match=r"\(found 3\)"):
         read_checkpoint(path)
 
 

@@ -69,16 +69,15 @@ def test_the_rate_is_held_for_half_the_budget_and_then_goes_linearly_to_zero(ste
 @pytest.mark.parametrize(("norm", "expected"), [(9.5, 9.5), (12.0, 10.0), (1e6, 10.0)])
 def test_gradients_are_clipped_to_a_norm_of_ten(steps, norm, expected):
     sampler = fitted(max_evaluations=2 * 32)
-    real = sampler.objective.loss_and_grads
+    real = sampler.objective.backward
 
-    def loss_and_grads(model, guide, *args, **kwargs):
-        loss = real(model, guide, *args, **kwargs)
-        gradients = [p.grad for p in guide.parameters() if p.grad is not None]
+    def backward(loss):
+        real(loss)
+        gradients = [p.grad for p in sampler.guide.parameters() if p.grad is not None]
         size = torch.linalg.norm(torch.cat([g.flatten() for g in gradients]))
         for gradient in gradients:
             gradient.mul_(norm / size)
-        return loss
 
-    sampler.objective.loss_and_grads = loss_and_grads
+    sampler.objective.backward = backward
     sampler.run(DATA)
     assert [found for _, found in steps] == pytest.approx([expected] * len(steps), rel=1e-4)

@@ -94,17 +94,6 @@ class Findings:
                 known[whole] = kind(**{field: known.pop(path) for path, field in parts.items()})
         return cls(**known)
 
-    # Two names from before there were groups, for the demo alone: to be removed with its last use.
-    @property
-    def probe_density_evaluations(self) -> int | None:
-        """``probe.evaluations.values``; None without a probe."""
-        return None if self.probe is None else self.probe.evaluations.values
-
-    @property
-    def probe_gradient_evaluations(self) -> int | None:
-        """``probe.evaluations.scores``; None without a probe."""
-        return None if self.probe is None else self.probe.evaluations.scores
-
 
 def _at(findings: Findings, path: str) -> Any:
     """The value that ``path`` leads to; None as soon as a group or a part of it is None."""

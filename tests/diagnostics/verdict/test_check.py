@@ -408,7 +408,7 @@ def test_a_sampler_that_lost_a_mode_is_not_trusted_and_warns():
 
 
 def test_interrupting_the_check_changes_nothing(sampler):
-    sampler.probe_result = None
+    sampler._probe_run = None
 
     class Interrupted(Probe):
         def run(self, *args, **kwargs):
