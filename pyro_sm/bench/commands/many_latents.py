@@ -21,7 +21,7 @@ from pyro_sm.bench.group_effects import Effects, group_effects, log_evidence
 from pyro_sm.bench.judge import weight_figures
 from pyro_sm.bench.methods.fit import Cost, Fit
 from pyro_sm.bench.methods.sampler import sampler_within
-from pyro_sm.bench.rows import Row, add_markdown, add_out, run_all
+from pyro_sm.bench.rows import Row, add_markdown, add_out, reason, run_all
 from pyro_sm.bench.table import Costs, Estimate, Table, entry, figure, fixed, lines, split
 from pyro_sm.bench.table import markdown as as_markdown
 from pyro_sm.gaussians.gaussian import gaussian_log_prob
@@ -51,14 +51,17 @@ def _by_sampler(effects: Effects, seed: int, evaluations: int) -> tuple[Draws, i
 
 
 def measure(num_groups: int, way: str, seed: int, evaluations: int) -> Row:
-    """A row: errors and weights of 10,000 draws; ``evaluations`` are those before them."""
+    """A row: errors and weights of 10,000 draws; ``evaluations`` are those before them. Or why there is none."""
     effects = group_effects(num_groups)
+    row = {**dict(zip(KEYS, (num_groups, way, seed, evaluations), strict=True)), "latents": num_groups + 3}
     started = time.process_time()
-    draws, spent, rounds = _by_base(effects, seed) if way == "base" else _by_sampler(effects, seed, evaluations)
+    try:
+        draws, spent, rounds = _by_base(effects, seed) if way == "base" else _by_sampler(effects, seed, evaluations)
+    except (ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+        return {**row, "failed": reason(error), "CPU s": time.process_time() - started}
     fit = Fit({}, Cost(spent, 0, 0.0), Cost(_POOL, 0, 0.0), draws.log_weight)
     return {
-        **dict(zip(KEYS, (num_groups, way, seed, evaluations), strict=True)),
-        "latents": num_groups + 3,
+        **row,
         **weight_figures(fit, log_evidence(effects.y)),
         "evaluations": spent,
         "rounds": rounds,
@@ -77,6 +80,8 @@ _COLUMNS = (
 
 def line(row: Row) -> str:
     """A row in words."""
+    if "failed" in row:
+        return f"{row['latents']} latents, {row['way']}, seed {row['seed']}: {row['failed']}"
     return (
         f"{row['latents']} latents, {row['way']}, seed {row['seed']}: log Z error {row['log Z error']:+.3f} ± "
         f"{row['log Z se']:.3f}, ESS {row['ESS']:.3f}, khat {row['khat']:.2f}; {row['evaluations']:,} evaluations, "
