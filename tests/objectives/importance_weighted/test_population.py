@@ -155,7 +155,7 @@ def test_weights_beyond_use_bring_one_and_others_do_not():
     assert marginal.population is None
 
 
-@pytest.mark.parametrize("rebase", [True, False])
+@pytest.mark.parametrize("move_base", [True, False])
 def test_the_first_step_already_sees_where_the_guide_has_moved(move_base):
     """The base is far too wide: it moves in the first round, and the two modes become an anchor."""
     seen = []
