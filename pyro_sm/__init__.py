@@ -16,6 +16,7 @@ from pyro_sm.diagnostics import (
     to_arviz,
 )
 from pyro_sm.diffusion.covering import PriorCovering, WideCovering
+from pyro_sm.diffusion.noise_range import NoiseRange
 from pyro_sm.diffusion.tails import HeavyTails
 from pyro_sm.guides import (
     AutoDiffusion,
@@ -68,6 +69,7 @@ __all__ = [
     "ModelDensity",
     "ModelRefusedError",
     "NoCorrection",
+    "NoiseRange",
     "PathWeights",
     "Population",
     "PriorBase",
