@@ -152,6 +152,21 @@ def first_guess(z: Tensor, weight: Tensor, num_components: int) -> tuple[Student
     return StudentMixture(log_weight, loc, tril), prior
 
 
+def moment_law(z: Tensor, log_weight: Tensor) -> StudentMixture:
+    """One t law with mean and covariance of draws (N, D) with log weights (N,), the latter raised by a millionth.
+
+    Raises:
+        ValueError: no weight is finite, or one is NaN or ``+inf``.
+    """
+    weight = normalised(log_weight.double())
+    loc = weight @ z
+    apart = (z - loc) * weight.sqrt()[:, None]
+    covariance = apart.T @ apart
+    covariance = covariance + torch.diag(1e-6 * covariance.diagonal() + 1e-30)
+    tril = math.sqrt((NU - 2) / NU) * torch.linalg.cholesky(covariance)
+    return StudentMixture(torch.zeros_like(loc[:1]), loc[None], tril[None])
+
+
 def em_step(mixture: StudentMixture, z: Tensor, weight: Tensor, prior: Prior) -> StudentMixture:
     """One step of EM on draws ``z`` (N, D) with weights (N,) that sum to one."""
     dim, count = z.shape[1], mixture.num_components

@@ -37,13 +37,13 @@ MAX_DIM = 150  # of a Hessian: one is 2D scores, of D numbers each, and D³ oper
 class Modes(NamedTuple):
     """K modes, float64 but for ``loc``.
 
-    ``loc`` (K, D); ``log_p`` (K,), nats; ``scale_tril`` (K, D, D), Laplace's; ``count`` (K,), its ascents.
+    ``loc`` (K, D); ``log_p`` (K,), nats; ``scale_tril`` (K, D, D), Laplace's; ``hits`` (K,), its ascents.
     """
 
     loc: Tensor
     log_p: Tensor
     scale_tril: Tensor
-    count: Tensor
+    hits: Tensor
 
     @property
     def log_mass(self) -> Tensor:
@@ -63,7 +63,7 @@ class Modes(NamedTuple):
 
     def select(self, rows: Tensor) -> Modes:
         """Some of them; ``rows``: indices or a mask."""
-        return Modes(self.loc[rows], self.log_p[rows], self.scale_tril[rows], self.count[rows])
+        return Modes(self.loc[rows], self.log_p[rows], self.scale_tril[rows], self.hits[rows])
 
     def that_matter(self) -> Modes:
         """Those within 30 nats of the highest or within 20 of the one with the most mass, highest first."""
@@ -76,11 +76,11 @@ class Modes(NamedTuple):
 
 def no_modes(z: Tensor) -> Modes:
     """An empty list for latents like ``z`` (N, D)."""
-    dim, wide = z.shape[1], {"dtype": torch.float64, "device": z.device}
+    dim = z.shape[1]
     return Modes(
         z[:0],
-        torch.empty(0, **wide),
-        torch.empty(0, dim, dim, **wide),
+        torch.empty(0, dtype=torch.float64, device=z.device),
+        torch.empty(0, dim, dim, dtype=torch.float64, device=z.device),
         torch.empty(0, dtype=torch.long, device=z.device),
     )
 
@@ -103,11 +103,11 @@ def _with_peak(modes: Modes, peaks: Peaks, k: int) -> tuple[Modes, bool]:
     under = higher & (distance < apart)
     if bool(under.any()):
         nearest = int(torch.where(under, distance, math.inf).argmin())
-        count = modes.count.clone()
-        count[nearest] += 1
-        return modes._replace(count=count), False
+        hits = modes.hits.clone()
+        hits[nearest] += 1
+        return modes._replace(hits=hits), False
     over = ~higher & (peak.distances(modes.loc)[0] < apart)
-    peak = peak._replace(count=peak.count + modes.count[over].sum())
+    peak = peak._replace(hits=peak.hits + modes.hits[over].sum())
     kept = modes.select(~over)
     merged = Modes(*(torch.cat([a, b]) for a, b in zip(kept, peak, strict=True)))
     return merged, not bool(over.any())
@@ -145,7 +145,7 @@ def distinct_modes(
         z: ends (N, D).
         log_p: theirs (N,), nats; ``-inf`` for ascents that never began.
         scale: (D,), widths of the start.
-        known: modes of earlier stages, with their counts.
+        known: modes of earlier stages, with their hits.
         max_modes: no more are looked for; those known are kept.
     """
     modes = no_modes(z) if known is None else known
@@ -156,7 +156,7 @@ def distinct_modes(
         if len(modes.loc):
             nearest, which = distance.min(0)
             ended = left & (nearest < _apart(z.shape[1]))
-            modes = modes._replace(count=modes.count + torch.bincount(which[ended], minlength=len(modes.loc)))
+            modes = modes._replace(hits=modes.hits + torch.bincount(which[ended], minlength=len(modes.loc)))
             left = left & ~ended
         if not bool(left.any()) or len(modes.loc) >= max_modes or misses == _PATIENCE:
             return modes

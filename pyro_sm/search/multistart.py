@@ -41,10 +41,13 @@ class SearchResult(NamedTuple):
 
 
 def seconds_per_row(density: Density, start: SearchStart) -> float:
-    """What one value with its score costs here, in a batch; 64 + 256 evaluations, or 64 where these are dear."""
+    """What one value with its score costs here, in a batch; 64 + 256 evaluations, or 64 where these are dear.
+
+    At starts of every kind: a singular matrix far out can cost more than all that is near.
+    """
     spent = 0.0
     for rows in (_FEW, _SAMPLE):
-        z = start.sample(rows).to(density.dtype)
+        z = starts(rows, start).to(density.dtype)
         begin = time.perf_counter()
         float(density.log_prob_and_score(z)[0].sum())  # waits for the device
         spent = (time.perf_counter() - begin) / rows
@@ -100,7 +103,7 @@ class MultiStartSearch:
         for stage in range(1, self.max_stages + 1):
             found = modes.that_matter()
             full = len(modes.loc) >= self.max_modes
-            completeness = Completeness(total, found.count.tolist(), stage, full)
+            completeness = Completeness(total, found.hits.tolist(), stage, full)
             if full or stage == self.max_stages or not _worth_another(completeness, before):
                 break
             before = completeness.num_places

@@ -30,6 +30,7 @@ _DAMPINGS = (0.0, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3)
 _ARRIVED = 1e-3  # nats to be gained: √(2 · 1e-3) = .04 widths from the mode
 _SETTLED = 3.0  # by which a width may change and its differences still be believed
 _WIDEST = 1e3  # by which a width changes at once at the most
+_MISSES = 3  # passes with scores that are not finite, each ten times closer: nearer to an edge there is no peak
 _FLAT = 1e-8  # least curvature, in units of the widths: a direction without one is 10⁴ widths wide
 
 
@@ -74,6 +75,7 @@ def _curvature(density: Density, z: Tensor, width: Tensor) -> _Curvature:
     score = torch.nan_to_num(score.double(), nan=0.0, posinf=0.0, neginf=0.0).reshape(count, 2, dim, dim)
     # The steps as they were rounded, not as they were meant.
     step = (both[:, 0] - both[:, 1]).diagonal(dim1=1, dim2=2).double()
+    usable = usable & (step > _STEP * width).all(1)
     rows = -(score[:, 0] - score[:, 1]) / step.clamp(min=1e-300)[..., None]
     precision = 0.5 * (rows + rows.mT)
     diagonal = precision.diagonal(dim1=1, dim2=2)
@@ -111,9 +113,10 @@ def climbed(density: Density, z: Tensor, width: Tensor, num_steps: int = 40) -> 
     log_p = density.log_prob(z).double()
     gain = torch.full((count,), math.inf, dtype=torch.float64, device=z.device)
     tril = torch.diag_embed(scale)
-    left = torch.arange(count, device=z.device)
+    left, misses = torch.arange(count, device=z.device), torch.zeros(count, device=z.device)
     for _ in range(num_steps):
         c = _curvature(density, z[left], scale[left])
+        misses[left] += ~c.usable
         scale[left] = torch.where(c.usable[:, None], c.fresh, 0.1 * c.width)  # closer, where it left the support
         settled = ((c.fresh / c.width).log().abs() < math.log(_SETTLED)).all(1) & c.usable
         gain[left] = torch.where(settled, c.gain(), math.inf)
@@ -124,7 +127,7 @@ def climbed(density: Density, z: Tensor, width: Tensor, num_steps: int = 40) -> 
         move = settled & ~arrived
         z[left], log_p[left] = torch.where(move[:, None], new, z[left]), torch.where(move, value, old)
         stuck = move & ~(log_p[left] > old + 1e-9)
-        left = left[~(arrived | stuck)]
+        left = left[~(arrived | stuck | (misses[left] > _MISSES))]
         if len(left) == 0:
             break
     return Peaks(z, log_p, tril, gain)

@@ -14,6 +14,7 @@ from pyro_sm.gaussians.student_mixture import (
     em_step,
     first_guess,
     fitted,
+    moment_law,
     penalised_log_likelihood,
 )
 
@@ -158,6 +159,14 @@ def test_modes_far_apart_do_not_widen_each_other():
     torch.manual_seed(1)
     found = fitted(z, torch.zeros(2000), 6)
     assert float(found.scale_tril.diagonal(dim1=-2, dim2=-1).max()) < 10
+
+
+def test_a_law_with_the_moments_of_draws():
+    z = mixture().sample(300)
+    log_weight = torch.randn(300, dtype=torch.float64)
+    law, weight = moment_law(z, log_weight), torch.softmax(log_weight, 0)
+    torch.testing.assert_close(law.mean(), weight @ z)
+    torch.testing.assert_close(law.covariance(), torch.cov(z.T, aweights=weight, correction=0), rtol=1e-5, atol=1e-9)
 
 
 def test_errors():

@@ -34,9 +34,9 @@ def test_modes_and_counts():
     ends = ends + 0.01 * torch.randn_like(ends)
     density = at(centres)
     modes = distinct_modes(density, ends, density.log_prob(ends), torch.ones(2))
-    assert sorted(modes.count.tolist()) == [2, 3, 5]
+    assert sorted(modes.hits.tolist()) == [2, 3, 5]
     again = distinct_modes(density, ends[:5], density.log_prob(ends[:5]), torch.ones(2), modes)
-    assert sorted(again.count.tolist()) == [2, 3, 10]
+    assert sorted(again.hits.tolist()) == [2, 3, 10]
     torch.testing.assert_close(modes.log_mass, torch.full((3,), math.log(2 * math.pi)), rtol=0, atol=1e-3)
 
 

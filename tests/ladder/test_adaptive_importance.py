@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptive importance sampling: the deterministic mixture is what makes old draws count; bent laws are reached."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyro_sm.density import FunctionDensity
+from pyro_sm.gaussians.student_mixture import StudentMixture
+from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture
+from pyro_sm.ladder.adaptive_importance import (
+    components_for,
+    damped,
+    deterministic_mixture_log_prob,
+    first_proposal,
+)
+from pyro_sm.search.multistart import MultiStartSearch
+from pyro_sm.search.starts import gaussian_start
+from pyro_sm.weights import effective_sample_size, evidence
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def single(loc, scale):
+    loc = torch.tensor([loc])
+    return StudentMixture(torch.zeros(1), loc, scale * torch.eye(loc.shape[1])[None])
+
+
+def banana(z):
+    """A normal law bent by ``z_1²``, ``log Z = 0``; the mean of ``z_2`` is 1."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+    return normal.log_prob(z[:, 0]) + normal.log_prob(2 * (z[:, 1] - z[:, 0].square())) + math.log(2)
+
+
+def test_the_deterministic_mixture_and_what_is_wrong_without_it():
+    """Two proposals, each on one of two modes: together they are good, each draw by its own proposal is not."""
+    proposals = [single([-50.0, 0.0], 1.0), single([50.0, 0.0], 1.0)]
+
+    def log_prob(z):
+        return torch.logsumexp(torch.stack([q.log_prob(z) for q in proposals]), 0) - math.log(2)
+
+    draws = [q.sample(2000) for q in proposals]
+    z = torch.cat(draws)
+    log_weight = log_prob(z) - deterministic_mixture_log_prob(proposals, z)
+    torch.testing.assert_close(log_weight, torch.zeros(4000), rtol=0, atol=1e-10)
+    wrong = torch.cat([log_prob(x) - q.log_prob(x) for x, q in zip(draws, proposals, strict=True)])
+    assert evidence(wrong).log_evidence < -5 * evidence(wrong).log_evidence_se - 0.3
+
+
+def test_the_deterministic_mixture_round_by_round_is_that_at_once():
+    proposals = [single([-1.0, 0.0], 1.0), single([2.0, 1.0], 0.5), single([0.0, 0.0], 3.0)]
+    z = torch.randn(50, 2)
+    step = None
+    for r, q in enumerate(proposals):
+        step = deterministic_mixture_log_prob([q], z, step, r)
+    torch.testing.assert_close(step, deterministic_mixture_log_prob(proposals, z), rtol=1e-12, atol=1e-12)
+
+
+def test_a_bent_law_is_reached_from_a_poor_proposal():
+    density = FunctionDensity(banana, 2)
+    poor = single([0.0, 0.0], 1.0)
+    before = AdaptiveImportanceSampling(max_rounds=1).run(density, poor)
+    found = AdaptiveImportanceSampling().run(FunctionDensity(banana, 2), poor)
+    assert before.ess < 0.2
+    assert found.ess > 0.4
+    assert found.khat < 0.7
+    assert found.log_evidence == pytest.approx(0, abs=5 * found.log_evidence_se)
+    mean = torch.softmax(found.draws.log_weight, 0) @ found.draws.z
+    assert float(mean[1]) == pytest.approx(1, abs=0.15)
+
+
+def test_after_the_modes():
+    start = gaussian_start(torch.zeros(2), torch.ones(2))
+    density = FunctionDensity(banana, 2)
+    modes = ModeMixture(MultiStartSearch(num_starts=64)).run(density, start)
+    assert modes.ess < 0.4
+    found = AdaptiveImportanceSampling().run(density, first_proposal(modes, start))
+    assert found.ess > 0.4
+    assert found.log_evidence == pytest.approx(0, abs=5 * found.log_evidence_se)
+    assert modes.evaluations + found.evaluations == density.evaluations
+
+
+def test_where_nothing_counts_it_begins_at_the_start():
+    start = gaussian_start(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    nothing = ModeMixture(MultiStartSearch(num_starts=8)).run(
+        FunctionDensity(lambda z: z.sum(1) * 0 - math.inf, 2), start
+    )
+    proposal = first_proposal(nothing, start)
+    assert proposal.loc.tolist() == [[1, 2]]
+    torch.testing.assert_close(proposal.scale_tril[0], torch.diag(start.scale))
+    found = AdaptiveImportanceSampling().run(FunctionDensity(lambda z: z.sum(1) * 0 - math.inf, 2), proposal)
+    assert found.ess == 0
+    assert found.evaluations.values == 6000  # one round and the pool
+
+
+def test_damping_leaves_a_tenth_or_five_for_each_latent():
+    log_weight = 5 * torch.randn(2000)
+    assert effective_sample_size(damped(log_weight, 3)) == pytest.approx(200, rel=1e-3)
+    assert effective_sample_size(damped(log_weight, 100)) == pytest.approx(500, rel=1e-3)
+
+
+def test_components():
+    assert [components_for(k) for k in (1, 3, 7, 40)] == [4, 5, 9, 12]
+
+
+def test_errors():
+    for name, least in (("num_components", 1), ("max_rounds", 1), ("round_size", 1), ("num_draws", 2)):
+        with pytest.raises(ValueError, match=f"expected {name} >= {least}, found 0"):
+            AdaptiveImportanceSampling(**{name: 0})
