@@ -11,7 +11,8 @@ mixture that weighted EM fits to all of them, with weights damped to ``w^γ`` so
 for each latent): while the proposals are poor the fit is to something between them and the posterior. A tenth of
 every fit is one t law with the moments of all of them, so that what lies between and around the components is drawn,
 too, before its weight is large (a *defensive* mixture). It ends when half of a round's own draws count and their k̂ is
-below .5. The pool is drawn afresh from the best proposal: its weights do not know how it was found.
+below .5, and a fresh pool from the same proposal bears that out; else with a pool from the best proposal. The weights
+of a pool do not know how its proposal was found.
 
 Sources: "Adaptive multiple importance sampling" https://arxiv.org/abs/0907.1254 ; "Adaptive importance sampling in
 general mixture classes" https://arxiv.org/abs/0710.4242 ; "Safe and effective importance sampling"
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_sm.base import Density
+from pyro_sm.base import Density, Draws, Evaluations
 from pyro_sm.gaussians.student_mixture import StudentMixture, fitted, moment_law
 from pyro_sm.ladder.weighted_mixture import WeightedMixture, weighted_draws
 from pyro_sm.search.starts import SearchStart
@@ -35,8 +36,9 @@ from pyro_sm.weights import damping, effective_sample_size, pareto_smooth
 
 _LEFT = 0.1  # of the draws, by the damped weights that are fitted to
 _LEFT_PER_LATENT = 5  # effective draws: fewer have no covariance
-_ENOUGH = 0.5  # of a round's draws count: another round would hardly be better
 _KHAT = 0.5  # above it the weights have no variance, and the share that counts is luck
+_GOAL = (True, 0.5)  # half of a round's draws count: another round would hardly be better
+_TRUSTED = 0.7  # k̂ of the pool, above which its averages are not to be trusted, and the rounds go on
 _DEFENCE = 0.1  # share of the wide law: no weight within its reach is above ten times p/q of that law alone
 _NOTHING = 0.02  # of the draws count: what was found is no place to begin
 _FEWEST, _MOST = 4, 12  # components: four bend round a corner, and twelve have 150 draws each
@@ -64,10 +66,7 @@ def damped(log_weight: Tensor, dim: int) -> Tensor:
 
 def defended_fit(z: Tensor, log_weight: Tensor, num_components: int) -> StudentMixture:
     """The mixture fitted to draws (N, D) with log weights (N,), nine tenths, and one law with their moments."""
-    fit = fitted(z, log_weight, num_components)
-    wide = moment_law(z, log_weight)
-    log_weight = torch.cat([fit.log_weight + math.log1p(-_DEFENCE), wide.log_weight + math.log(_DEFENCE)])
-    return StudentMixture(log_weight, torch.cat([fit.loc, wide.loc]), torch.cat([fit.scale_tril, wide.scale_tril]))
+    return joined(fitted(z, log_weight, num_components), moment_law(z, log_weight), _DEFENCE)
 
 
 def components_for(num_modes: int) -> int:
@@ -75,14 +74,27 @@ def components_for(num_modes: int) -> int:
     return max(_FEWEST, min(num_modes + 2, _MOST))
 
 
+def joined(mixture: StudentMixture, other: StudentMixture, share: float) -> StudentMixture:
+    """``(1 − share)`` of the one and ``share``, in (0, 1), of the other."""
+    log_weight = torch.cat([mixture.log_weight + math.log1p(-share), other.log_weight + math.log(share)])
+    loc, tril = torch.cat([mixture.loc, other.loc]), torch.cat([mixture.scale_tril, other.scale_tril])
+    return StudentMixture(log_weight, loc, tril)
+
+
+def as_wide_as(start: SearchStart) -> StudentMixture:
+    """One t law with the centre and the widths of a start."""
+    tril = torch.diag(start.scale.double())
+    return StudentMixture(tril.new_zeros(1), start.loc.double()[None], tril[None])
+
+
 def first_proposal(found: WeightedMixture, start: SearchStart) -> StudentMixture:
     """Where adaptation begins after :class:`~pyro_sm.ladder.mode_mixture.ModeMixture`.
 
-    A fit to the draws there are, or a t law as wide as the start, where none of them counts.
+    A fit to the draws there are. Where none of them counts, half of what was found, whose places may be right and
+    whose widths are not, and half a t law as wide as the start.
     """
     if found.ess < _NOTHING:
-        tril = torch.diag(start.scale.double())
-        return StudentMixture(tril.new_zeros(1), start.loc.double()[None], tril[None])
+        return joined(found.mixture, as_wide_as(start), 0.5)
     z, log_weight = found.draws.z.double(), found.draws.log_weight
     return defended_fit(z, damped(log_weight, z.shape[1]), components_for(found.mixture.num_components))
 
@@ -126,14 +138,28 @@ class AdaptiveImportanceSampling:
             proposals.append(proposal)
             log_q = torch.cat([log_q, deterministic_mixture_log_prob(proposals, drawn.z.double())])
             z, log_p = torch.cat([z, drawn.z.double()]), torch.cat([log_p, drawn.log_p])
-            ess = effective_sample_size(drawn.log_weight) / self.round_size
-            reliable = pareto_smooth(drawn.log_weight).khat < _KHAT
-            rank = (reliable, ess)
+            rank = _rank(drawn)
             if rank > best_rank:
                 best, best_rank = proposal, rank
-            if last or rank > (True, _ENOUGH) or not bool(torch.isfinite(log_p).any()):
+            if rank > _GOAL:
+                pool = weighted_draws(density, proposal, self.num_draws)
+                if pareto_smooth(pool.log_weight).khat < _TRUSTED:
+                    return self._result(density, before, proposal, pool, len(proposals))
+                best, best_rank = proposal, _rank(pool)  # the round was luck
+            if last or not bool(torch.isfinite(log_p).any()):
                 break
             proposal = defended_fit(z, damped(log_p - log_q, density.dim), count)
         pool = weighted_draws(density, best, self.num_draws)
-        spent = density.evaluations - before
-        return WeightedMixture(best, pool, spent, None, f"adaptive importance sampling, {len(proposals)} rounds")
+        return self._result(density, before, best, pool, len(proposals))
+
+    def _result(
+        self, density: Density, before: Evaluations, mixture: StudentMixture, pool: Draws, rounds: int
+    ) -> WeightedMixture:
+        method = f"adaptive importance sampling, {rounds} round{'s' * (rounds > 1)}"
+        return WeightedMixture(mixture, pool, density.evaluations - before, None, method)
+
+
+def _rank(draws: Draws) -> tuple[bool, float]:
+    """Of a proposal by its own draws: whether their k̂ allows their effective share to be believed, and the share."""
+    reliable = pareto_smooth(draws.log_weight).khat < _KHAT
+    return reliable, effective_sample_size(draws.log_weight) / len(draws.z)

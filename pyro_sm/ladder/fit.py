@@ -197,13 +197,20 @@ class MixtureFit:
 
 
 def _with_search(verdict: Verdict, search: Completeness) -> Verdict:
-    """The verdict with what the search for modes says: where it was not complete, at most *use with care*."""
+    """The verdict with what the search for modes says.
+
+    Where it was not complete at most *use with care*. Where no ascent ended at a mode the density grows without
+    bound, as that of a funnel does, and *do not trust*: the neck has mass that no draw need have seen.
+    """
     text = f"search for modes: {search}"
-    if search.is_complete:
-        reason = Reason(text, "", Trust.TRUST)
-    else:
+    if search.num_places == 0:
+        advice = "reparametrise the model (non-centre its scales), or train a sampler on it"
+        reason = Reason(text, advice, Trust.DISTRUST)
+    elif not search.is_complete:
         advice = "search with more starts (MultiStartSearch), or from a base that reaches farther"
         reason = Reason(text, advice, Trust.CARE)
+    else:
+        reason = Reason(text, "", Trust.TRUST)
     reasons = sorted([*verdict.reasons, reason], key=lambda r: -r.level)
     return replace(verdict, level=max(verdict.level, reason.level), reasons=tuple(reasons))
 

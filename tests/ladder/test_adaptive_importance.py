@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pyro_sm.density import FunctionDensity
 from pyro_sm.gaussians.student_mixture import StudentMixture
-from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture
+from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture, adaptive_importance
 from pyro_sm.ladder.adaptive_importance import (
     components_for,
     damped,
+    defended_fit,
     deterministic_mixture_log_prob,
     first_proposal,
 )
@@ -68,6 +70,7 @@ def test_a_bent_law_is_reached_from_a_poor_proposal():
     assert found.ess > 0.4
     assert found.khat < 0.7
     assert found.log_evidence == pytest.approx(0, abs=5 * found.log_evidence_se)
+    assert found.log_evidence_se < 0.1
     mean = torch.softmax(found.draws.log_weight, 0) @ found.draws.z
     assert float(mean[1]) == pytest.approx(1, abs=0.15)
 
@@ -80,20 +83,50 @@ def test_after_the_modes():
     found = AdaptiveImportanceSampling().run(density, first_proposal(modes, start))
     assert found.ess > 0.4
     assert found.log_evidence == pytest.approx(0, abs=5 * found.log_evidence_se)
+    assert found.log_evidence_se < 0.1
     assert modes.evaluations + found.evaluations == density.evaluations
 
 
-def test_where_nothing_counts_it_begins_at_the_start():
+def test_where_nothing_counts_half_of_it_begins_at_the_start():
     start = gaussian_start(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
-    nothing = ModeMixture(MultiStartSearch(num_starts=8)).run(
-        FunctionDensity(lambda z: z.sum(1) * 0 - math.inf, 2), start
-    )
-    proposal = first_proposal(nothing, start)
-    assert proposal.loc.tolist() == [[1, 2]]
-    torch.testing.assert_close(proposal.scale_tril[0], torch.diag(start.scale))
-    found = AdaptiveImportanceSampling().run(FunctionDensity(lambda z: z.sum(1) * 0 - math.inf, 2), proposal)
+    nothing = FunctionDensity(lambda z: z.sum(1) * 0 - math.inf, 2)
+    modes = ModeMixture(MultiStartSearch(num_starts=8)).run(nothing, start)
+    modes = replace(modes, mixture=single([7.0, 8.0], 0.1))
+    proposal = first_proposal(modes, start)
+    assert proposal.loc.tolist() == [[7, 8], [1, 2]]
+    torch.testing.assert_close(proposal.log_weight.exp(), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(proposal.scale_tril[1], torch.diag(start.scale))
+    density = FunctionDensity(lambda z: z.sum(1) * 0 - math.inf, 2)
+    found = AdaptiveImportanceSampling().run(density, proposal)
     assert found.ess == 0
     assert found.evaluations.values == 6000  # one round and the pool
+
+
+def test_a_tenth_of_a_fit_is_as_wide_as_all_of_it():
+    z = torch.cat([single([-9.0, 0.0], 1.0).sample(500), single([9.0, 0.0], 1.0).sample(500)])
+    law = defended_fit(z, torch.zeros(1000), 2)
+    assert law.num_components == 3
+    assert float(law.log_weight.exp().sum()) == pytest.approx(1)
+    assert float(law.log_weight[2].exp()) == pytest.approx(0.1)
+    assert float(law.scale_tril[:2, 0, 0].max()) < 2
+    assert float(law.scale_tril[2, 0, 0]) > 6
+
+
+def test_a_round_of_luck_is_not_the_end(monkeypatch):
+    """Rounds that look good, and pools that do not: it goes on to the last."""
+    density = FunctionDensity(banana, 2)
+    monkeypatch.setattr(adaptive_importance, "_GOAL", (False, -1.0))
+    monkeypatch.setattr(adaptive_importance, "_TRUSTED", -10.0)
+    found = AdaptiveImportanceSampling(max_rounds=3, round_size=200, num_draws=500).run(
+        density, single([0.0, 0.0], 1.0)
+    )
+    assert found.evaluations.values == 3 * 700 + 500
+    monkeypatch.setattr(adaptive_importance, "_TRUSTED", 10.0)
+    early = AdaptiveImportanceSampling(max_rounds=3, round_size=200, num_draws=500).run(
+        density, single([0.0, 0.0], 1.0)
+    )
+    assert early.evaluations.values == 700
+    assert early.method == "adaptive importance sampling, 1 round"
 
 
 def test_damping_leaves_a_tenth_or_five_for_each_latent():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ from pyro_sm.diagnostics.verdict.probe import Probe
 from pyro_sm.diagnostics.verdict.trust import Trust, TrustWarning
 from pyro_sm.examples import eight_schools
 from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture, fit_mixture
+from pyro_sm.search.completeness import Completeness
 from pyro_sm.search.multistart import MultiStartSearch
 from pyro_sm.search.starts import gaussian_start
 from pyro_sm.smc import TemperedSMC
@@ -129,6 +131,23 @@ def test_nothing_anywhere_is_said():
 
     fit = fit_mixture(impossible, torch.tensor(1.0), modes=MODES, adaptive=None)
     assert fit.check().level is Trust.DISTRUST or fit.log_evidence < -1e20
+
+
+def test_without_a_mode_there_is_no_trust():
+    """Centred eight schools: the density grows without bound where the scale vanishes, whatever k̂ says."""
+    y, sigma = eight_schools.data()
+    fit = fit_mixture(eight_schools.centered, y.double(), sigma.double(), modes=MODES, dtype=torch.float64)
+    assert fit.search.num_places == 0
+    verdict = fit.check()
+    assert verdict.level is Trust.DISTRUST
+    assert "none of 256 ascents ended at a mode" in str(verdict)
+
+
+def test_an_incomplete_search_asks_for_care(fit):
+    few = replace(fit.result, search=Completeness(100, [90, *[1] * 10]))
+    verdict = replace(fit, result=few).check(probe=SMALL_PROBE, disable_progbar=True)
+    assert verdict.level is Trust.CARE
+    assert "search with more starts" in str(verdict)
 
 
 def test_report(fit):
