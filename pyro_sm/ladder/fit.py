@@ -5,8 +5,8 @@ r"""An answer without training: the model bound, its modes searched, a mixture o
 draws count, :class:`~pyro_sm.ladder.adaptive_importance.AdaptiveImportanceSampling` from what it left. Of the two the
 one of which more draws count is kept.
 
-Good weights speak of the modes that were found, and of no other: on random mixtures two thirds of the answers with
-good weights were wrong after 32 ascents. So the result says how complete the search was, and :meth:`MixtureFit.check`
+Good weights speak of the modes that were found, and of no other: on random mixtures half of the answers with good
+weights were wrong after 32 ascents. So the result says how complete the search was, and :meth:`MixtureFit.check`
 is at best *use with care* until a probe of its own has looked elsewhere.
 """
 
@@ -51,11 +51,13 @@ class MixtureFit:
 
     Args:
         result: the mixture with its weighted pool.
+        search: how complete the search for modes was.
         seed: of all randomness.
         density: the model with its data.
     """
 
     result: WeightedMixture
+    search: Completeness
     seed: int
     density: ModelDensity = field(repr=False)
 
@@ -78,12 +80,6 @@ class MixtureFit:
     def ess(self) -> float:
         """Effective share of the draws, in [0, 1]."""
         return self.result.ess
-
-    @property
-    def search(self) -> Completeness:
-        """How complete the search for modes was."""
-        assert self.result.search is not None  # fit_mixture searches
-        return self.result.search
 
     def get_samples(self, num_samples: int = 4000) -> dict[str, Tensor]:
         """Constrained draws by site, sample dimension first, chosen by their weights.
@@ -252,9 +248,9 @@ def fit_mixture(
     with isolated_rng(seed), torch.no_grad():
         start = start_of(density) if start is None else start
         result = modes.run(density, start)
+        search = result.search or Completeness(0, ())
         if adaptive is not None and not result.ess >= _ENOUGH:
             other = adaptive.run(density, first_proposal(result, start))
             spent = result.evaluations + other.evaluations
-            better = other if other.ess > result.ess else result
-            result = replace(better, evaluations=spent, search=result.search)
-    return MixtureFit(result, seed, density)
+            result = replace(other if other.ess > result.ess else result, evaluations=spent)
+    return MixtureFit(result, search, seed, density)

@@ -144,8 +144,8 @@ def test_without_a_mode_there_is_no_trust():
 
 
 def test_an_incomplete_search_asks_for_care(fit):
-    few = replace(fit.result, search=Completeness(100, [90, *[1] * 10]))
-    verdict = replace(fit, result=few).check(probe=SMALL_PROBE, disable_progbar=True)
+    few = replace(fit, search=Completeness(100, [90, *[1] * 10]))
+    verdict = few.check(probe=SMALL_PROBE, disable_progbar=True)
     assert verdict.level is Trust.CARE
     assert "search with more starts" in str(verdict)
 
