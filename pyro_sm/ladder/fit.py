@@ -252,5 +252,5 @@ def fit_mixture(
         if adaptive is not None and not result.ess >= _ENOUGH:
             other = adaptive.run(density, first_proposal(result, start))
             spent = result.evaluations + other.evaluations
-            result = replace(other if other.ess > result.ess else result, evaluations=spent)
+            result = replace(other if other.ess > result.ess else result, evaluations=spent, search=search)
     return MixtureFit(result, search, seed, density)

@@ -2,7 +2,7 @@
 r"""The search for modes: many starts, ascents, distinct modes, and on in stages while little is known to be complete.
 
 How many starts? Of a hundred random mixtures (1 to 8 latents, 1 to 8 modes up to thirty widths away) the answers
-with good weights were wrong in 37 of 77 after 32 starts, in 15 of 73 after 64 and stages, and in 4 of 69 after 1,024:
+with good weights were wrong in 36 of 76 after 32 starts, in 15 of 74 after 64 and stages, and in 4 of 70 after 1,024:
 k̂ and effective share speak of the modes that were found, and of no other. A thousand starts are a third of a second
 where values are cheap. Where they are dear, 64 are a beginning: if all end at one place another start leads elsewhere
 with at most 3/64 (the rule of three); as soon as there are two places it goes on.
