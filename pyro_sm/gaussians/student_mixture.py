@@ -159,6 +159,7 @@ def moment_law(z: Tensor, log_weight: Tensor) -> StudentMixture:
         ValueError: no weight is finite, or one is NaN or ``+inf``.
     """
     weight = normalised(log_weight.double())
+    z, weight = z[weight > 0], weight[weight > 0]  # one without a weight may be infinite
     loc = weight @ z
     apart = (z - loc) * weight.sqrt()[:, None]
     covariance = apart.T @ apart

@@ -232,7 +232,8 @@ def fit_mixture(
     Args:
         model: the Pyro model.
         *args: what the model is called with.
-        seed: of all randomness; the global generators are put back afterwards.
+        seed: of all randomness; the global generators are put back afterwards. How many ascents are made depends on
+            the speed of the machine besides, unless ``modes`` says how many.
         start: where the search begins; the prior if it can be drawn from, else a standard normal law.
         modes: settings of the search and of the mixture at the modes.
         adaptive: settings of the adaptive importance sampling that follows where fewer than .4 of the draws count;

@@ -81,7 +81,9 @@ def _curvature(density: Density, z: Tensor, width: Tensor) -> _Curvature:
     diagonal = precision.diagonal(dim1=1, dim2=2)
     fresh = torch.where(diagonal > 0, diagonal.clamp(min=1e-300).rsqrt(), width)
     fresh = torch.maximum(torch.minimum(fresh, width * _WIDEST), width / _WIDEST)
-    e, vector = torch.linalg.eigh(precision * fresh[:, :, None] * fresh[:, None, :])
+    scaled = precision * fresh[:, :, None] * fresh[:, None, :]
+    usable = usable & torch.isfinite(scaled).all(-1).all(-1)
+    e, vector = torch.linalg.eigh(torch.where(usable[:, None, None], scaled, torch.eye(dim).to(scaled)))
     slope = ((score.mean((1, 2)) * fresh)[:, None] @ vector)[:, 0]
     return _Curvature(e, vector, slope, width, fresh, usable)
 

@@ -165,6 +165,9 @@ def test_a_law_with_the_moments_of_draws():
     z = mixture().sample(300)
     log_weight = torch.randn(300, dtype=torch.float64)
     law, weight = moment_law(z, log_weight), torch.softmax(log_weight, 0)
+    beyond = torch.cat([z, torch.full((1, 2), math.inf)]), torch.cat([log_weight, torch.tensor([-math.inf])])
+    torch.testing.assert_close(moment_law(*beyond).loc, law.loc)
+    torch.testing.assert_close(fitted(*beyond, 1).num_components, 1)
     torch.testing.assert_close(law.mean(), weight @ z)
     torch.testing.assert_close(law.covariance(), torch.cov(z.T, aweights=weight, correction=0), rtol=1e-5, atol=1e-9)
 

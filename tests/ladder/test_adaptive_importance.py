@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pyro_sm.base import Draws, Evaluations
 from pyro_sm.density import FunctionDensity
 from pyro_sm.gaussians.student_mixture import StudentMixture
-from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture, adaptive_importance
+from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture, WeightedMixture, adaptive_importance
 from pyro_sm.ladder.adaptive_importance import (
     components_for,
     damped,
@@ -100,6 +101,15 @@ def test_where_nothing_counts_half_of_it_begins_at_the_start():
     found = AdaptiveImportanceSampling().run(density, proposal)
     assert found.ess == 0
     assert found.evaluations.values == 6000  # one round and the pool
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.015, False), (0.03, True)])
+def test_below_one_in_fifty_nothing_counts(share, fits):
+    law, count = single([0.0, 0.0], 1.0), round(2000 * share)
+    log_weight = torch.where(torch.arange(2000) < count, 0.0, -math.inf)
+    pool = WeightedMixture(law, Draws(law.sample(2000), log_weight, log_weight), Evaluations(), None, "given")
+    proposal = first_proposal(pool, gaussian_start(torch.zeros(2), 9 * torch.ones(2)))
+    assert (proposal.num_components > 2) == fits
 
 
 def test_a_tenth_of_a_fit_is_as_wide_as_all_of_it():

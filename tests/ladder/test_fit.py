@@ -11,10 +11,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_sm.base import Draws, Evaluations
 from pyro_sm.diagnostics.verdict.probe import Probe
 from pyro_sm.diagnostics.verdict.trust import Trust, TrustWarning
 from pyro_sm.examples import eight_schools
-from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture, fit_mixture
+from pyro_sm.gaussians.student_mixture import StudentMixture
+from pyro_sm.ladder import AdaptiveImportanceSampling, ModeMixture, WeightedMixture, fit_mixture
 from pyro_sm.search.completeness import Completeness
 from pyro_sm.search.multistart import MultiStartSearch
 from pyro_sm.search.starts import gaussian_start
@@ -148,6 +150,32 @@ def test_an_incomplete_search_asks_for_care(fit):
     verdict = few.check(probe=SMALL_PROBE, disable_progbar=True)
     assert verdict.level is Trust.CARE
     assert "search with more starts" in str(verdict)
+
+
+class Given:
+    """In the place of a method: a pool of which a given share counts."""
+
+    def __init__(self, ess):
+        self.ess, self.called = ess, False
+
+    def run(self, density, _):
+        self.called = True
+        z = torch.linspace(-2, 2, 1000)[:, None]
+        counts = torch.arange(1000) < round(1000 * self.ess)
+        log_weight = torch.where(counts, 0.0, -math.inf).double()
+        law = StudentMixture(torch.zeros(1).double(), torch.zeros(1, 1).double(), torch.ones(1, 1, 1).double())
+        return WeightedMixture(law, Draws(z, log_weight, log_weight), Evaluations(7, 3), None, f"given {self.ess}")
+
+
+@pytest.mark.parametrize(("found", "adapted", "follows", "kept"), [
+    (0.45, 0.9, False, 0.45), (0.35, 0.9, True, 0.9), (0.35, 0.2, True, 0.35),
+])  # fmt: skip
+def test_adaptation_follows_below_two_fifths_and_the_better_is_kept(found, adapted, follows, kept):
+    other = Given(adapted)
+    fit = fit_mixture(conjugate, Y, modes=Given(found), adaptive=other)
+    assert other.called == follows
+    assert fit.result.method == f"given {kept}"
+    assert fit.result.evaluations.values == (14 if follows else 7)
 
 
 def test_report(fit):

@@ -64,6 +64,22 @@ def test_no_curvature_no_peak():
     assert float(peaks.gain) == math.inf
 
 
+def test_numbers_beyond_all_bounds_are_no_peak():
+    density = FunctionDensity(lambda z: 1e300 * torch.sin(1e6 * z).sum(-1), 2, dtype=torch.float64)
+    peaks = climbed(
+        density, torch.tensor([[0.3, 0.4]], dtype=torch.float64), torch.full((2,), 1e5).double(), num_steps=4
+    )
+    assert bool(torch.isfinite(peaks.loc).all())
+
+
+def test_beside_an_edge_there_is_no_peak():
+    """Up to a wall: three passes closer and closer, and the end is given up."""
+    wall = FunctionDensity(lambda z: torch.where(z[:, 0] < 1, z[:, 0], -math.inf), 1, dtype=torch.float64)
+    peaks = climbed(wall, torch.tensor([[1 - 1e-9]], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    assert float(peaks.gain) > 0.1
+    assert wall.evaluations.scores == 2 * 4
+
+
 def test_a_slope_without_a_top_is_no_peak():
     slope = FunctionDensity(lambda z: z.sum(-1), 2, dtype=torch.float64)
     peaks = climbed(slope, torch.zeros(1, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), num_steps=10)
