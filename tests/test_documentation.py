@@ -19,7 +19,7 @@ DOCUMENTED = re.findall(
     "\n".join(page.read_text() for page in sorted(SITE.glob("api/*.md"))),
     re.MULTILINE,
 )
-PACKAGES = ["guides", "objectives", "diagnostics", "smc", "corrections", "targets"]
+PACKAGES = ["guides", "objectives", "diagnostics", "smc", "corrections", "targets", "ladder"]
 
 
 def named(path):

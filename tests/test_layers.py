@@ -16,10 +16,10 @@ ROOT = Path(pyro_sm.__file__).parent
 LAYERS = {
     "base": 0, "_version": 0,
     "weights": 1, "divergence": 1, "stein": 1, "density": 1, "nn": 1,
-    "gaussians": 2, "diffusion": 2, "smc": 2, "corrections": 2, "targets": 2,
+    "gaussians": 2, "search": 2, "diffusion": 2, "smc": 2, "corrections": 2, "targets": 2,
     "model": 3, "examples": 3,
     "objectives": 4, "guides": 4, "diagnostics": 4,
-    "training": 5,
+    "training": 5, "ladder": 5,
     "sampler": 6, "refine": 6,
     "bench": 7, "cli": 7, "__main__": 7, "": 7,
 }  # fmt: skip

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normal laws: their density, their fits by curvature (Laplace) and by scores (Batch-and-Match)."""
+"""Normal laws and mixtures of t laws: densities, and fits by curvature, by scores and by weighted EM."""

@@ -10,8 +10,9 @@ import torch
 
 from pyro_sm.density import FunctionDensity
 from pyro_sm.gaussians.gaussian import GaussianDensity
+from pyro_sm.search.ascent import ascended
 from pyro_sm.smc.mixture_start import MixtureStart
-from pyro_sm.smc.mode_search import ModeSearch, ascended, curvature_at
+from pyro_sm.smc.mode_search import ModeSearch, curvature_at
 from pyro_sm.smc.tempered import TemperedSMC
 from pyro_sm.targets import Funnel, GaussianMixture, ManyWell
 
