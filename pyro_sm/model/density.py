@@ -381,6 +381,11 @@ class ModelDensity:
             other._compiled = CompiledScores()
         return other
 
+    @property
+    def is_prior(self) -> bool:
+        """Whether nothing is observed, and no ``pyro.factor`` says anything: the density is the prior's."""
+        return not self.observed and not self._structure.factors
+
     def param_values(self) -> dict[str, Tensor]:
         """Copies of the values that the model's ``pyro.param`` statements have now, unconstrained, by name."""
         store = pyro.get_param_store()

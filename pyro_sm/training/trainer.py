@@ -45,6 +45,16 @@ def beside(path: str | os.PathLike[str], chain: int) -> str:
     return f"{os.fspath(path)}.{chain}" if chain else os.fspath(path)
 
 
+def _warn_of_prior(density: ModelDensity) -> None:
+    sites = ", ".join(repr(site.name) for site in density.sites)
+    warnings.warn(
+        f"no site of the model is observed, and it has no pyro.factor: the posterior of {sites} is the prior. Was "
+        "obs= forgotten, or were the data not passed?",
+        PyroSMWarning,
+        stacklevel=6,
+    )
+
+
 class Trainer:
     """Trains one guide on one model.
 
@@ -216,6 +226,8 @@ class Trainer:
         # is bound to may be others by now.
         if self._bound is None or not self._is_same(self._fingerprint(self._bound.arguments)):
             self._bound = self.guide.bind(self.model, *arguments.args, **arguments.kwargs)
+            if self.density.is_prior:
+                _warn_of_prior(self.density)
         self._remember(now)
         self.objective.bind(self.guide, self.density)
         if self._optimiser is None:
