@@ -319,7 +319,7 @@ def without_placeholders(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
     rows = value.reshape(len(kept), -1)
     placeholder = ~kept & rows.isnan().any(-1)
     filled = torch.where(placeholder[:, None], rows[kept.to(torch.uint8).argmax()], rows)
-    return filled.reshape(*batch, *event)
+    return filled.reshape(batch + event)
 
 
 def call_model(run: Callable[[], Trace]) -> Trace:
