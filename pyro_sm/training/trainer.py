@@ -351,7 +351,8 @@ class Trainer:
     @contextmanager
     def own_rng(self) -> Iterator[None]:
         """Run on the trainer's own generator state and give the global one back untouched."""
-        with torch.random.fork_rng(devices()):
+        # Training needs gradients, wherever it is called.
+        with torch.random.fork_rng(devices()), torch.inference_mode(False), torch.enable_grad():
             if self._rng is None or self._optimiser is None:  # a run that failed before training leaves no trace
                 torch.manual_seed(self.seed)
             else:
