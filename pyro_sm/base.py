@@ -279,6 +279,17 @@ class PathGuide(Protocol):
         ...
 
 
+def check_type(name: str, value: object, fits: bool, expected: str) -> None:
+    """Refuse an argument of the wrong kind, where something else would fail later and in other words.
+
+    Raises:
+        TypeError: it does not fit.
+    """
+    if not fits:
+        found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r} ({type(value).__name__})"
+        raise TypeError(f"expected {name} to be {expected}, found {found}")
+
+
 def require(objective: object, guide: object, capability: Any) -> Any:
     """Return ``guide`` if it has the ``capability`` (a protocol above), or raise the one error for a mismatch.
 

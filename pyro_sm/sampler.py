@@ -18,12 +18,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_sm.base import Arguments, Draws, RoundInfo
+from pyro_sm.base import Arguments, Draws, RoundInfo, check_type
 from pyro_sm.corrections.importance import Correction, ImportanceResampling
 from pyro_sm.corrections.per_replica import PerReplica
 from pyro_sm.diagnostics.export import Provenance, draws_to_arviz
@@ -87,6 +88,7 @@ class DiffusionSampler:
 
     Raises:
         ValueError: both ``base`` and ``guide`` are given, or ``num_chains`` or ``num_workers`` < 1.
+        TypeError: ``model`` is not callable, ``base`` or ``stopping`` is none, or ``num_chains`` is no integer.
 
     Source: "Importance Weighted Score Matching for Diffusion Samplers with Enhanced Mode Coverage"
     https://arxiv.org/abs/2505.19431 .
@@ -108,6 +110,10 @@ class DiffusionSampler:
         num_chains: int = 1,
         num_workers: int | None = None,
     ) -> None:
+        check_type("model", model, callable(model), "callable: a Pyro model")
+        fits = stopping is None or isinstance(stopping, StoppingRule)
+        check_type("stopping", stopping, fits, "a rule such as StoppingRule(max_evaluations=10000)")
+        check_type("num_chains", num_chains, isinstance(num_chains, Integral), "an integer")
         if num_chains < 1:
             raise ValueError(f"expected num_chains >= 1, found {num_chains}")
         if num_workers is not None and num_workers < 1:
@@ -227,6 +233,7 @@ class DiffusionSampler:
             moves: of every draw that was chosen, by the posterior's score: they part those chosen more than once, and
                 mend what is wrong in the small. They do not change the shares of modes.
         """
+        check_type("num_samples", num_samples, isinstance(num_samples, Integral), "an integer")
         pool = self._pool(num_samples)
         index = self._correction(correction).apply(pool, num_samples, self._generator())
         first = self.replicas[0]

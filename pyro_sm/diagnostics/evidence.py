@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pyro_sm.base import check_type
 from pyro_sm.diagnostics.verdict.thresholds import KHAT_THRESHOLD
 from pyro_sm.diagnostics.verdict.trust import Trust, TrustWarning
 from pyro_sm.weights import Evidence
@@ -144,6 +145,8 @@ def compare_evidence(models: Mapping[str, Any], *, prior: Mapping[str, float] | 
         TrustWarning: an evidence cannot be trusted: k̂ is above 0.7, the verdict recorded says not to trust the draws,
             or its error is so large that those of the probabilities are too small.
     """
+    fits = isinstance(models, Mapping)
+    check_type("models", models, fits, 'a dictionary by name, such as {"one": sampler, "other": sampler}')
     if len(models) < 2:
         raise ValueError(f"expected at least two models to compare, found {len(models)}")
     entries = {name: _read(name, model) for name, model in models.items()}

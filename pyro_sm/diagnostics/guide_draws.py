@@ -25,6 +25,8 @@ from pyro_sm.diffusion.covering import default_covering, process_log_weight
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.guide_trace import (
     GuideSites,
+    check_packed,
+    check_shapes,
     close,
     guide_name,
     is_point,
@@ -79,8 +81,11 @@ def draw_from_guide(
 
     Raises:
         TypeError: the guide has no log density (a point estimate, auxiliary latents, a missing latent).
+        ValueError: a site of the guide has another shape than that of the model.
     """
     arguments = Arguments(tuple(args), dict(kwargs or {}))
+    if isinstance(guide, AutoContinuous) and guide.prototype_trace is not None:
+        check_packed(guide, guide._unconstrained_shapes, density)
     if isinstance(guide, WeightedGuide):
         return guide.draw_weighted(density, num_draws, arguments)
     if isinstance(guide, AutoLaplaceApproximation):
@@ -123,6 +128,7 @@ def _draw_traced(
     """Latents (n, D) and ``log q`` (n,) from traces of the guide."""
     probe = read_guide(guide, density, arguments)
     _check_sites(guide_name(guide), probe)
+    check_shapes(guide, probe, density)
     sampled = _sample_vectorised(guide, density, probe, n, arguments)
     if sampled is None:
         sampled = _sample_one_by_one(guide, density, n, arguments)

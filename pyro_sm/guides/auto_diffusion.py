@@ -26,7 +26,7 @@ from pyro import poutine
 from pyro.nn.module import pyro_method
 from torch import Tensor
 
-from pyro_sm.base import Arguments, Density, Draws
+from pyro_sm.base import Arguments, Density, Draws, check_type
 from pyro_sm.diffusion.anchor import Anchor
 from pyro_sm.diffusion.coupling import Coupling
 from pyro_sm.diffusion.covering import Covering, default_covering, draw_with_covering
@@ -112,6 +112,9 @@ class AutoDiffusion(LatentGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
+        check_type("model", model, callable(model), "callable: a Pyro model")
+        fits = base is None or (hasattr(base, "fit") and not isinstance(base, type))
+        check_type("base", base, fits, "an object such as PriorBase(), LaplaceBase() or GivenBase(loc, scale)")
         if num_steps < 2:
             raise ValueError(f"expected num_steps >= 2, found {num_steps}")
         if not network_dtype.is_floating_point:

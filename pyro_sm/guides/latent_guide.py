@@ -103,6 +103,14 @@ class LatentGuide(AutoContinuous):
             self._cached_densities = cache
         return density
 
+    def inspect(self, model: Callable[..., Any], arguments: Arguments) -> None:
+        """Make the density of ``model`` on this data, as :meth:`bind` will need it, and no parameters.
+
+        Raises:
+            ModelRefusedError: the model cannot be evaluated in batches, or the data change its latents.
+        """
+        self._density(model, arguments)
+
     # -- the posterior -----------------------------------------------------------------------------------------
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> DiffusionPosterior:

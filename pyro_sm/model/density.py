@@ -12,8 +12,9 @@ tensor leaves out data, but not the prior of a latent: what is masked out integr
 What is refused, by the name of the site and with what to do about it
 (:class:`~pyro_sm.base.ModelRefusedError`): a structure that changes from call to call; discrete latents that
 cannot be enumerated; supports that depend on other latents; angles, whose density has no integral over the real
-line; NaN in data that no mask leaves out; plates that draw their own subsample; randomness outside sample
-statements; no latents at all; shapes that do not fit; a log density that is finite nowhere near the prior.
+line; NaN in data that no mask leaves out; data that the model itself changes; plates that draw their own subsample;
+randomness outside sample statements; no latents at all; shapes that do not fit; a log density that is finite nowhere
+near the prior.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
-from pyro_sm.base import Evaluations, PyroSMWarning
+from pyro_sm.base import Arguments, Evaluations, PyroSMWarning
 from pyro_sm.density import without_nan
 from pyro_sm.model.batching import (
     Batching,
@@ -41,6 +43,7 @@ from pyro_sm.model.batching import (
     reference_points,
 )
 from pyro_sm.model.compiled import CompiledScores
+from pyro_sm.model.fingerprint import arguments_unchanged
 from pyro_sm.model.readouts import ReadOuts
 from pyro_sm.model.structure import Site, Structure, check_same, inspect_model
 from pyro_sm.model.trace import TracedModel, isolated_rng
@@ -117,7 +120,8 @@ class ModelDensity:
         self._has_prior: bool | None = None
         self._traced = TracedModel(model, tuple(args), dict(kwargs or {}))
         with torch.inference_mode(False), isolated_rng(0):
-            structure, traces = inspect_model(self._traced, max_plate_nesting=max_plate_nesting)
+            with arguments_unchanged(model, Arguments(self._traced.args, self._traced.kwargs)):
+                structure, traces = inspect_model(self._traced, max_plate_nesting=max_plate_nesting)
             self._adopt(structure)
             self.dtype = dtype or structure.dtype
             if device is not None and torch.device(device).type != self.device.type:
@@ -365,7 +369,7 @@ class ModelDensity:
         other = copy.copy(self)
         other._traced = TracedModel(self._traced.model, tuple(args), dict(kwargs or {}))
         other._traced.params = self._traced.params
-        with isolated_rng(0):
+        with isolated_rng(0), arguments_unchanged(self._traced.model, Arguments(tuple(args), dict(kwargs or {}))):
             structure, _ = inspect_model(other._traced, num_traces=1, max_plate_nesting=self._structure.nesting)
         check_same(
             self._structure.signature,
@@ -376,6 +380,17 @@ class ModelDensity:
         if self._compiled is not None:
             other._compiled = CompiledScores()
         return other
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether nothing is observed, and no ``pyro.factor`` says anything: the density is the prior's."""
+        return not self.observed and not self._structure.factors
+
+    def param_values(self) -> dict[str, Tensor]:
+        """Copies of the values that the model's ``pyro.param`` statements have now, unconstrained, by name."""
+        store = pyro.get_param_store()
+        values = {name: store._params.get(name, self._traced.params.get(name)) for name in self._structure.params}
+        return {name: value.detach().clone() for name, value in values.items() if value is not None}
 
     def counted_apart(self, evaluations: Evaluations) -> ModelDensity:
         """The same density, counting on ``evaluations`` from now on."""

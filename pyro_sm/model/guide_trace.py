@@ -15,8 +15,10 @@ broadcast may fail, or give numbers that mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import pyro
@@ -123,10 +125,56 @@ class GuideSites:
         return max((-frame.dim for frame in frames), default=0)
 
 
+def _same_shape(mine: Sequence[int], theirs: Sequence[int]) -> bool:
+    """Whether two shapes are the same but for dimensions of size one on the left, as Pyro's losses compare them."""
+    return all(a == b for a, b in zip_longest(reversed(mine), reversed(theirs), fillvalue=1))
+
+
+def check_shape(guide: Any, site: str, found: Sequence[int], expected: Sequence[int], what: str = "values") -> None:
+    """Refuse a guide whose site has another shape than the model's.
+
+    Raises:
+        ValueError: the shapes differ by more than dimensions of size one on the left.
+    """
+    if not _same_shape(found, expected):
+        raise ValueError(
+            f"the latent site {site!r} has {what} of shape {tuple(found)} in {guide_name(guide)}, of shape "
+            f"{tuple(expected)} in the model: was the guide made for another model?"
+        )
+
+
 def read_guide(guide: Callable[..., Any], density: ModelDensity, arguments: Arguments) -> GuideSites:
     """Run the guide once, and look at it beside the latents of ``density``."""
     trace = arguments.call(poutine.trace(guide).get_trace)
     return GuideSites(trace, frozenset(site.name for site in density.sites))
+
+
+def check_shapes(guide: Any, found: GuideSites, density: ModelDensity) -> None:
+    """Refuse a guide that has a latent of the model in another shape.
+
+    Raises:
+        ValueError: it has.
+    """
+    for site in density.sites:
+        if site.name in found.sites:
+            check_shape(guide, site.name, found.sites[site.name]["value"].shape, site.shape)
+
+
+def check_packed(guide: Any, shapes: Mapping[str, Sequence[int]], density: ModelDensity) -> None:
+    """Refuse a guide whose packed latent, of sites with these unconstrained ``shapes``, is not that of the density.
+
+    Raises:
+        ValueError: sites, their order or their shapes differ.
+    """
+    own = [(name, math.prod(shape)) for name, shape in shapes.items()]
+    wanted = [(site.name, site.stop - site.start) for site in density.sites]
+    if own != wanted:
+        raise ValueError(
+            f"{guide_name(guide)} covers the latent sites {dict(own)} (name: size), the model has {dict(wanted)}: "
+            "was the guide made for another model, or is a plate subsampled?"
+        )
+    for site in density.sites:
+        check_shape(guide, site.name, shapes[site.name], site.unconstrained_shape, "unconstrained values")
 
 
 def run_guide(guide: Callable[..., Any], arguments: Arguments) -> dict[str, Any]:

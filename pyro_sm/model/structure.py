@@ -71,6 +71,8 @@ class Structure:
     observed: dict[str, Tensor]
     log_prob_shapes: dict[str, Size]
     """Shape of the pointwise log likelihood of each observed site."""
+    factors: tuple[str, ...]
+    """Names of the ``pyro.factor`` statements."""
     deterministic: dict[str, Size]
     enumerated: tuple[str, ...]
     improper: tuple[str, ...]
@@ -323,7 +325,7 @@ def inspect_model(
     traces = [trace for trace, _ in runs]
     first = runs[0][1]
     _check_runs(traces, first)
-    enumerated, observed, shapes, deterministic = [], {}, {}, {}
+    enumerated, factors, observed, shapes, deterministic = [], [], {}, {}, {}
     nesting = max_plate_nesting or 0
     for name, site in nodes(traces[0]).items():
         value = site["value"]
@@ -339,6 +341,7 @@ def inspect_model(
                 enumerated.append(name)
             nesting = max(nesting, len(fn.batch_shape))
         elif isinstance(_base(fn), dist.Unit):
+            factors.append(name)
             nesting = max(nesting, len(fn.batch_shape))
         elif _is_computed(site):
             deterministic[name] = value.shape  # its density, mostly 0, is counted all the same
@@ -360,6 +363,7 @@ def inspect_model(
         sites=sites,
         observed={name: value.detach() for name, value in observed.items()},
         log_prob_shapes=shapes,
+        factors=tuple(factors),
         deterministic=deterministic,
         enumerated=tuple(enumerated),
         improper=tuple(dict.fromkeys(first.improper)),

@@ -95,6 +95,18 @@ def support_transform(name: str, fn: Any) -> Transform:
         ) from None
 
 
+def _as_data(fn: Any, value: Any) -> Any:
+    """Observed numbers as tensors, and booleans as numbers where Pyro would subtract them."""
+    if isinstance(value, bool | int | float):
+        value = torch.as_tensor(value)
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    coin = isinstance(fn, torch.distributions.Bernoulli | torch.distributions.Binomial)
+    if coin and isinstance(value, Tensor) and value.dtype == torch.bool:
+        return value.to(torch.get_default_dtype())
+    return value
+
+
 class Recorder(Messenger):
     """Serves values to the model's sites, records the sites, and lets none of them be seen further out.
 
@@ -151,6 +163,8 @@ class Recorder(Messenger):
             # the density would be flat in the latents that nothing depends on, and have no integral.)
             self.masked[self.last] = msg["mask"]
             msg["mask"] = None
+        if msg["is_observed"]:
+            msg["value"] = _as_data(msg["fn"], msg["value"])
         if msg["is_observed"] or msg["done"] or msg["value"] is not None:
             return
         value = self.values.get(self.last)
@@ -319,7 +333,7 @@ def without_placeholders(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
     rows = value.reshape(len(kept), -1)
     placeholder = ~kept & rows.isnan().any(-1)
     filled = torch.where(placeholder[:, None], rows[kept.to(torch.uint8).argmax()], rows)
-    return filled.reshape(*batch, *event)
+    return filled.reshape(batch + event)
 
 
 def call_model(run: Callable[[], Trace]) -> Trace:
@@ -336,6 +350,13 @@ def call_model(run: Callable[[], Trace]) -> Trace:
         if re.search(r"\(\) (missing|takes|got) |argument", str(error)):
             raise ModelRefusedError(f"the model could not be called: {first_line(error)}") from None
         raise ModelRefusedError(f"the model failed {describe_error(error)}") from error
+    except ZeroDivisionError as error:
+        if "size cannot be zero" not in str(error):
+            raise ModelRefusedError(f"the model failed {describe_error(error)}") from error
+        site = getattr(error, "pyro_sm_site", "")
+        raise ModelRefusedError(
+            f"a plate of the model{f' after site {site!r}' if site else ''} has the size 0: do the data have no rows?"
+        ) from error
     except Exception as error:
         raise ModelRefusedError(f"the model failed {describe_error(error)}") from error
 

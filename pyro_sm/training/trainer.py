@@ -24,8 +24,8 @@ from torch import Tensor
 from pyro_sm.base import Arguments, CheckpointError, Draws, Evaluations, PyroSMWarning, RoundInfo
 from pyro_sm.guides.auto_diffusion import AutoDiffusion
 from pyro_sm.guides.bound import BoundDiffusion
-from pyro_sm.model.cache import same_arguments, tensor_versions
 from pyro_sm.model.density import ModelDensity
+from pyro_sm.model.fingerprint import Fingerprint, Path, changed_by_running, fingerprint
 from pyro_sm.objectives.importance_weighted.objective import ImportanceWeightedScoreMatching, TrainingState
 from pyro_sm.training import state as stored_state
 from pyro_sm.training.checkpoint import read_checkpoint, write_checkpoint
@@ -43,6 +43,16 @@ _DRAWS_SEED = 7919  # added to the seed: draws are not made with the numbers tha
 def beside(path: str | os.PathLike[str], chain: int) -> str:
     """The checkpoint of a replica: the first's own, those of the others with ``.1``, ``.2``, … at the end."""
     return f"{os.fspath(path)}.{chain}" if chain else os.fspath(path)
+
+
+def _warn_of_prior(density: ModelDensity) -> None:
+    sites = ", ".join(repr(site.name) for site in density.sites)
+    warnings.warn(
+        f"no site of the model is observed, and it has no pyro.factor: the posterior of {sites} is the prior. Was "
+        "obs= forgotten, or were the data not passed?",
+        PyroSMWarning,
+        stacklevel=6,
+    )
 
 
 class Trainer:
@@ -93,7 +103,9 @@ class Trainer:
         self._running = False
         self._loaded: dict[str, Any] | None = None
         self._bound: BoundDiffusion | None = None
-        self._data_versions: tuple[int, ...] = ()
+        self._data: Fingerprint | None = None
+        self._params: dict[str, Tensor] = {}
+        self._changing: frozenset[Path] = frozenset()
         self._pool: Draws | None = None
         self._last_saved = -math.inf
 
@@ -177,7 +189,11 @@ class Trainer:
             if self.schedule.finished:
                 return
             with deferred_interrupt() as interrupted, self.bar() as show:
-                self.train(interrupted, show)
+                before = self._fingerprint(self.bound.arguments)
+                try:
+                    self.train(interrupted, show)
+                finally:
+                    self._remember(before)
                 if not self.schedule.finished:
                     self._save_if_asked(force=True)
                     raise KeyboardInterrupt(
@@ -201,14 +217,19 @@ class Trainer:
             ModelRefusedError: the model cannot be evaluated in batches, or the arguments do not fit it.
             CheckpointError: a loaded checkpoint belongs to another model or other data.
         """
-        held = None if self._bound is None else self._bound.arguments
-        if held is not None and not (
-            tensor_versions(held) == self._data_versions and same_arguments(arguments, held)
-        ):
-            self._start_afresh()
-        bound = self.guide.bind(self.model, *arguments.args, **arguments.kwargs)
-        self._bound, self._data_versions = bound, tensor_versions(arguments)
-        self.objective.bind(self.guide, bound.density)
+        now = self._fingerprint(arguments)
+        if self._data is not None and not self._is_same(now):
+            guide = copy.deepcopy(self._untrained)
+            guide.inspect(self.model, arguments)  # refused before anything is given up
+            self._start_afresh(guide)
+        # What the model has changed since, in itself, is no reason to bind the guide anew. But the arguments that it
+        # is bound to may be others by now.
+        if self._bound is None or not self._is_same(self._fingerprint(self._bound.arguments)):
+            self._bound = self.guide.bind(self.model, *arguments.args, **arguments.kwargs)
+            if self.density.is_prior:
+                _warn_of_prior(self.density)
+        self._remember(now)
+        self.objective.bind(self.guide, self.density)
         if self._optimiser is None:
             weights = self.guide.network_weights.unconstrained()
             self._optimiser = torch.optim.Adam([weights], lr=self.learning_rate)
@@ -217,6 +238,27 @@ class Trainer:
             self.become(self._loaded)
             self._loaded = None
         self._reopen_if_budget_grew()
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def _fingerprint(self, arguments: Arguments) -> Fingerprint:
+        """The model's data; its parameters are data, too, as nothing here trains them."""
+        return fingerprint(self.model, arguments, self._data, trainable=True)
+
+    def _is_same(self, now: Fingerprint) -> bool:
+        """Whether data and parameters are those of the last run."""
+        if self._data is None or not now.same_but(self._data, self._changing):
+            return False
+        params = self.density.param_values()
+        return params.keys() == self._params.keys() and all(
+            torch.equal(value, self._params[name]) for name, value in params.items()
+        )
+
+    def _remember(self, before: Fingerprint) -> None:
+        """The data as they are after the model was run; what it changed since ``before`` is not the user's doing."""
+        after = self._fingerprint(self.bound.arguments)
+        self._changing |= changed_by_running(before, after)
+        self._data, self._params = after, self.density.param_values()
 
     def train(self, interrupted: Callable[[], bool], show: Callable[[Progress], None]) -> None:
         """Steps until training ends, or until ``interrupted()``."""
@@ -294,21 +336,23 @@ class Trainer:
         counted = self.density.evaluations
         counted.values, counted.scores, counted.not_a_number = before
 
-    def _start_afresh(self) -> None:
+    def _start_afresh(self, guide: AutoDiffusion) -> None:
         """New data, new inference: what was learned for other data may have lost modes that matter here."""
         self.guide.release()  # or the store would hand the old parameters to the new guide
-        self.guide = copy.deepcopy(self._untrained)
+        self.guide = guide
         self.objective.state = TrainingState()
         self.schedule = Schedule()
         self.drawn = Evaluations()
         self._optimiser = None
+        self._bound = None
         self._pool = None
         torch.manual_seed(self.seed)
 
     @contextmanager
     def own_rng(self) -> Iterator[None]:
         """Run on the trainer's own generator state and give the global one back untouched."""
-        with torch.random.fork_rng(devices()):
+        # Training needs gradients, wherever it is called.
+        with torch.random.fork_rng(devices()), torch.inference_mode(False), torch.enable_grad():
             if self._rng is None or self._optimiser is None:  # a run that failed before training leaves no trace
                 torch.manual_seed(self.seed)
             else:

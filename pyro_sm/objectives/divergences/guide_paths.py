@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_sm.base import Arguments, Bound, DiffusionGuide, PathDraws, PathGuide
 from pyro_sm.model.density import ModelDensity
-from pyro_sm.model.guide_trace import guide_name
+from pyro_sm.model.guide_trace import check_packed, check_shape, guide_name
 from pyro_sm.model.pushforward import NoGaussianNoiseError, noise_shape, push
 
 
@@ -78,17 +78,6 @@ def set_up(guide: Any, model: Callable[..., Any], arguments: Arguments) -> Bound
     return None
 
 
-def _check_packed(guide: Any, density: ModelDensity) -> None:
-    """Refuse a guide whose packed latent is not that of the density, site by site."""
-    own = [(name, shape.numel()) for name, shape in guide._unconstrained_shapes.items()]
-    wanted = [(site.name, site.stop - site.start) for site in density.sites]
-    if own != wanted:
-        raise ValueError(
-            f"{guide_name(guide)} covers the latent sites {dict(own)} (name: size), the model has {dict(wanted)}: "
-            "was the guide made for another model, or is a plate subsampled?"
-        )
-
-
 def automatic_path(
     guide: Any, density: ModelDensity, arguments: Arguments, bound: Bound | None = None
 ) -> Path | None:
@@ -99,7 +88,7 @@ def automatic_path(
         ValueError: the guide's latents are not those of the model.
     """
     if isinstance(guide, AutoContinuous):
-        _check_packed(guide, density)
+        check_packed(guide, guide._unconstrained_shapes, density)
     if isinstance(guide, PathGuide):
         return Path(
             density.dim,
@@ -185,6 +174,7 @@ def _sites_of(guide: AutoNormal, density: ModelDensity) -> tuple[Tensor, Tensor]
                 f"site {site.name!r}: AutoNormal holds {loc.numel()} locations, the model has "
                 f"{site.stop - site.start} latents: was the guide made for another model, or is a plate subsampled?"
             )
+        check_shape(guide, site.name, loc.shape, site.unconstrained_shape, "unconstrained values")
         parts.append((loc.reshape(-1), scale.reshape(-1)))
     locs, scales = zip(*parts, strict=True)
     return torch.cat(locs), torch.cat(scales)

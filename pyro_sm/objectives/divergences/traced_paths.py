@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_sm.base import Arguments, PathDraws
 from pyro_sm.model.density import ModelDensity
 from pyro_sm.model.guide_trace import (
+    check_shapes,
     close,
     guide_name,
     is_free,
@@ -95,7 +96,7 @@ def _probe_guide(guide: Callable[..., Any], density: ModelDensity, arguments: Ar
 
     Raises:
         TypeError: a site is not reparametrised, is missing, is not a latent of the model, or is a point estimate.
-        ValueError: a plate of the guide is subsampled.
+        ValueError: a plate of the guide is subsampled, or a site has another shape than the model's.
     """
     with torch.no_grad(), poutine.block():
         found = read_guide(guide, density, arguments)
@@ -108,6 +109,7 @@ def _probe_guide(guide: Callable[..., Any], density: ModelDensity, arguments: Ar
         )
     if found.missing:
         raise TypeError(f"{name} has no sample statement for the latent site {', '.join(found.missing)}")
+    check_shapes(guide, found, density)
     free = {site: node["fn"] for site, node in found.free.items()}
     rigid = [f"'{site}' ({type(fn).__name__})" for site, fn in free.items() if not fn.has_rsample]
     if rigid:
