@@ -874,7 +874,7 @@ def test_learns_a_gaussian(make, metric, variance):
     svi = SVI(correlated, guide, optimiser, FisherDivergence(64, metric=metric))
     for _ in range(2000):
         svi.step()
-    path = automatic_path(guide, ModelDensity(correlated), (), {})
+    path = automatic_path(guide, ModelDensity(correlated), Arguments())
     z = path.draw(torch.randn(20000, path.noise_dim)).z.detach()
     assert torch.allclose(z.mean(0), torch.tensor([1.0, -2.0]), atol=0.1)
     assert torch.allclose(z.var(0), torch.full((2,), variance), rtol=0.08)

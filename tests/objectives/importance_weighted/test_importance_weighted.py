@@ -584,7 +584,7 @@ learning = pytest.mark.parametrize(
 
 
 def learn(model, args, lesson, steps):
-    guide = AutoDiffusion(model, num_steps=16, architecture=MLP(width=48, depth=2), noise=NoiseRange(0.01, 4.0))
+    guide = AutoDiffusion(model, num_steps=16, architecture=MLP(width=48, depth=2), levels=NoiseRange(0.01, 4.0))
     objective = ImportanceWeightedScoreMatching(
         num_particles=512, batch_size=lesson.batch_size, steps_per_round=25, weighting=lesson.weighting
     )
