@@ -360,6 +360,7 @@ def test_many_latents_with_refused_weights_are_refused_at_once():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no site of the model is observed")
 def test_from_an_elbo_to_a_sampler_of_many_latents(float64):
     """Elbo, matching and diffusion in a row, on a law of two factors with a bend in it: k̂ and evidence come out."""
     dim = 40
